@@ -1,0 +1,1 @@
+"""The locks: etcd's own concurrency recipes. Knows nothing of Celery."""

@@ -1,0 +1,1 @@
+"""Celery tasks that hold a lock while they run."""
