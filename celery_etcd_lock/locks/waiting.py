@@ -1,0 +1,132 @@
+"""Waiting for a key to go away: one watch for each lock name and process, however many threads wait.
+
+A wake-up is a hint, never a proof: whoever is woken reads its place in the queue again. So an event seen twice,
+a stream that broke or a compacted revision cost a look, not correctness.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from celery_etcd_lock.etcd.api import Transport, Watch, WatchStream, prefix_end
+from celery_etcd_lock.exceptions import Compacted, EtcdLockError
+
+__all__ = ["Wakeups"]
+
+logger = logging.getLogger(__name__)
+
+_PAUSE = 0.2
+"""Seconds between two attempts to open a stream."""
+
+
+class Wakeups:
+    """The watches of one session."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._lock = threading.RLock()
+        self._watches: dict[str, _NameWatch] = {}
+
+    @contextmanager
+    def watching(self, name: str, key: str, revision: int, event: threading.Event) -> Iterator[None]:
+        """Set `event` once `key`, of the lock `name`, is deleted at `revision` or later, or may have been."""
+        with self._lock:
+            watch = self._watches.get(name)
+            if watch is None:
+                watch = self._watches[name] = _NameWatch(self._transport, self._lock, name, self._watches)
+            watch.add(key, revision, event)
+        try:
+            yield
+        finally:
+            with self._lock:
+                watch.remove(key, event)
+
+    def wake_all(self) -> None:
+        """Wake everybody: something changed that no watch tells."""
+        with self._lock:
+            for watch in self._watches.values():
+                watch.wake()
+
+
+class _NameWatch:
+    """One stream: on the one key that is waited for, or on all of the lock's keys when there are several.
+
+    Its thread lives as long as somebody waits.
+    """
+
+    def __init__(self, transport: Transport, lock: threading.RLock, name: str, registry: dict[str, _NameWatch]) -> None:
+        self._transport = transport
+        self._lock = lock
+        self._name = name
+        self._registry = registry
+        self._waiting: dict[str, dict[threading.Event, int]] = {}
+        self._stream: WatchStream | None = None
+        self._covers: str | None = None
+        self._changed = threading.Event()
+        threading.Thread(target=self._run, name=f"etcd-lock-watch {name}", daemon=True).start()
+
+    def add(self, key: str, revision: int, event: threading.Event) -> None:
+        self._waiting.setdefault(key, {})[event] = revision
+        if self._covers is not None and self._covers not in (key, self._name + "/"):
+            self._restart()
+
+    def remove(self, key: str, event: threading.Event) -> None:
+        events = self._waiting.get(key, {})
+        events.pop(event, None)
+        if not events:
+            self._waiting.pop(key, None)
+        if not self._waiting:
+            # Under the same lock in which a thread would find it: whoever waits next starts another.
+            if self._registry.get(self._name) is self:
+                del self._registry[self._name]
+            self._restart()
+
+    def wake(self, key: str | None = None) -> None:
+        for waited, events in self._waiting.items():
+            if key is None or key == waited:
+                for event in events:
+                    event.set()
+
+    def _restart(self) -> None:
+        self._changed.set()
+        if self._stream is not None:
+            self._stream.close()
+
+    def _open(self) -> WatchStream | None:
+        with self._lock:
+            self._changed.clear()
+            if not self._waiting:
+                return None
+            revision = min(revision for events in self._waiting.values() for revision in events.values())
+            if len(self._waiting) == 1:
+                (key,) = self._waiting
+                request = Watch(key, start_revision=revision, deletes_only=True)
+            else:
+                key = self._name + "/"
+                request = Watch(key, prefix_end(key), start_revision=revision, deletes_only=True)
+            self._covers = key
+            self._stream = self._transport.watch(request)
+            return self._stream
+
+    def _run(self) -> None:
+        while (stream := self._open()) is not None:
+            try:
+                for reply in stream:
+                    with self._lock:
+                        for event in reply.events:
+                            self.wake(event.kv.key)
+                continue  # closed by us
+            except Compacted:
+                with self._lock:
+                    self.wake()  # they read again, and come back with a newer revision
+            except EtcdLockError as error:
+                logger.debug("etcd_lock.watch_broken: %s: %s", self._name, error)
+            except Exception:
+                # The waiters look for themselves once per TTL: a broken watch may make them late, no more.
+                logger.exception("etcd_lock.watch_failed: %s", self._name)
+            finally:
+                stream.close()
+            self._changed.wait(_PAUSE)

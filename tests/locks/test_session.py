@@ -1,0 +1,279 @@
+"""The session: renewal, the deadline of trust, and loss. With a clock that the test moves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn
+from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
+from celery_etcd_lock.exceptions import EtcdUnavailable, LockContended, LockLost, LockTimeout
+from celery_etcd_lock.locks import Mutex, Session
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> MemoryEtcd:
+    return MemoryEtcd(clock=clock)
+
+
+@pytest.fixture
+def session(store: MemoryEtcd, clock: Clock) -> Session:
+    """Nothing happens in its background: the test calls `keep` itself."""
+    return Session(MemoryTransport(store), ttl=30, clock=clock, background=False)
+
+
+def away(_verb: str, _request: Any) -> None:
+    raise EtcdUnavailable("staged")
+
+
+def test_trust_is_counted_from_before_the_request_and_ends_before_the_lease(store: MemoryEtcd, clock: Clock) -> None:
+    """A grant whose answer took 20 of its 30 s is trusted for 7 s more, not for 27."""
+    transport = MemoryTransport(store)
+
+    def slow(verb: str, _request: Any) -> None:
+        if verb == "lease_grant":
+            clock.now += 20
+
+    transport.after = slow
+    session = Session(transport, ttl=30, clock=clock, background=False)
+    assert session.remaining() == pytest.approx(7)
+
+
+def test_renews_at_a_third_of_the_ttl(session: Session, clock: Clock) -> None:
+    """Three renewals a TTL, one request each, and nothing else while nothing is held."""
+    requests = session.transport.requests  # type: ignore[attr-defined]
+    for _ in range(90):
+        clock.now += 1
+        session.keep()
+        assert session.remaining() >= 17
+    assert session.transport.requests - requests == 9  # type: ignore[attr-defined]
+
+
+def test_holding_costs_one_request_more_a_ttl(session: Session, clock: Clock) -> None:
+    """While anything is held the lease is asked for its keys, once per TTL, however many there are."""
+    for number in range(100):
+        Mutex(session, f"/{number}").acquire()
+    requests = session.transport.requests  # type: ignore[attr-defined]
+    for _ in range(90):
+        clock.now += 1
+        session.keep()
+    assert session.transport.requests - requests == 12  # type: ignore[attr-defined]
+
+
+def test_unanswered_renewals_cost_the_trust_and_not_before(session: Session, clock: Clock) -> None:
+    """While etcd is away the lock is held until the deadline, and not a moment longer."""
+    held = Mutex(session, "/a").acquire()
+    session.transport.before = away  # type: ignore[attr-defined]
+    clock.now += 26.9
+    session.keep()
+    assert held.is_held()
+    clock.now += 0.2
+    assert not held.is_held()
+    with pytest.raises(LockLost, match="no renewal"):
+        held.assert_held()
+    with pytest.raises(LockLost):
+        Mutex(session, "/b").acquire()
+
+
+def test_a_renewal_that_comes_back_extends_it(session: Session, clock: Clock) -> None:
+    """An outage shorter than the trust is no loss."""
+    session.transport.before = away  # type: ignore[attr-defined]
+    clock.now += 20
+    session.keep()
+    session.transport.before = None  # type: ignore[attr-defined]
+    session.keep()
+    assert session.remaining() == pytest.approx(27)
+
+
+def test_a_lease_that_is_gone_is_lost_at_once(session: Session, clock: Clock) -> None:
+    """A renewal that finds no lease ends the session there and then, and says so to whoever holds a lock."""
+    reasons: list[str] = []
+    held = Mutex(session, "/a").acquire()
+    held.on_lost(reasons.append)
+    session.transport.lease_revoke(session.lease)
+    clock.now += 11
+    session.keep()
+    assert session.lost
+    assert not held.is_held()
+    assert "expired or was revoked" in reasons[0]
+    assert session.wait_lost(0)
+
+
+def test_a_member_behind_an_election_proves_nothing(session: Session, store: MemoryEtcd, clock: Clock) -> None:
+    """A renewal answered with a lower raft term than one seen before extends nothing; an acquire fails."""
+    store.raft_term = 7
+    clock.now += 11
+    session.keep()
+    store.raft_term = 6
+    clock.now += 11
+    remaining = session.remaining()
+    session.keep()
+    assert session.remaining() == remaining
+    with pytest.raises(EtcdUnavailable, match="behind an election"):
+        Mutex(session, "/a").acquire()
+
+
+def test_a_late_reply_to_an_acquire_is_no_lock(session: Session, clock: Clock) -> None:
+    """An acquire whose answer comes after the deadline of trust does not enter its block."""
+
+    def slow(verb: str, _request: Any) -> None:
+        if verb == "txn":
+            clock.now += 28
+
+    session.transport.after = slow  # type: ignore[attr-defined]
+    with pytest.raises(LockLost):
+        Mutex(session, "/a").acquire()
+
+
+def test_a_session_key_deleted_by_hand_is_a_loss(session: Session, clock: Clock) -> None:
+    """Without its own key a session can take nothing more, and says that it is lost."""
+    session.transport.delete(Delete(session.key))
+    with pytest.raises(LockLost, match="was deleted"):
+        Mutex(session, "/a").acquire()
+    assert session.lost
+
+
+def test_close_gives_everything_back(session: Session, store: MemoryEtcd) -> None:
+    """Closing revokes the lease, tells the holders, and may be done twice."""
+    held = Mutex(session, "/a").acquire()
+    session.close()
+    session.close()
+    assert not MemoryTransport(store).range(Range("/", "0")).kvs
+    assert "closed" in held.why_not()
+
+
+def test_the_background_says_it_without_being_asked(store: MemoryEtcd) -> None:
+    """With etcd away for good, `wait_lost` returns and the holder's callback runs, close to the deadline."""
+    store = MemoryEtcd()
+    session = Session(MemoryTransport(store), ttl=2)
+    told = threading.Event()
+    Mutex(session, "/a").acquire().on_lost(lambda _reason: told.set())
+    session.transport.before = away  # type: ignore[attr-defined]
+    assert not session.wait_lost(0.5)
+    assert session.wait_lost(20)
+    assert told.wait(5)
+
+
+class TestUnanswered:
+    """Requests without an answer: they may have been carried out, or may still be."""
+
+    @staticmethod
+    def lose_answers(transport: Any, how_many: int) -> None:
+        left = [how_many]
+
+        def lose(verb: str, _request: Any) -> None:
+            if verb == "txn" and left[0]:
+                left[0] -= 1
+                raise EtcdUnavailable("staged: the answer is lost", True)
+
+        transport.after = lose
+
+    @pytest.mark.parametrize("blocking", [True, False])
+    def test_an_acquire_given_up_leaves_nothing(self, session: Session, clock: Clock, blocking: bool) -> None:
+        """The key that an unanswered acquire did make is removed by the session when etcd answers again."""
+        self.lose_answers(session.transport, 1)
+        with pytest.raises(EtcdUnavailable):
+            Mutex(session, "/a").acquire(blocking=blocking)
+        assert session.transport.range(Range("/a/", "/a0")).kvs
+        session.keep()
+        assert not session.transport.range(Range("/a/", "/a0")).kvs
+
+    def test_a_put_that_comes_late_does_nothing(self, session: Session, clock: Clock) -> None:
+        """After an acquire was given up, its request, carried out late, finds that the epoch has passed."""
+        late: list[Txn] = []
+
+        def keep_back(verb: str, request: Any) -> None:
+            if verb == "txn" and any(isinstance(op, Put) and "/a/" in op.key for op in request.success) and not late:
+                late.append(request)
+                raise EtcdUnavailable("staged: stuck on the way", True)
+
+        session.transport.before = keep_back  # type: ignore[attr-defined]
+        with pytest.raises(EtcdUnavailable):
+            Mutex(session, "/a").acquire()
+        session.keep()
+        assert not session.transport.txn(late[0]).succeeded
+        assert not session.transport.range(Range("/a/", "/a0")).kvs
+        with Mutex(session, "/a").acquire(blocking=False) as held:
+            assert held.key.endswith("-1"), "the name that may still be asked for is not used again"
+
+    def test_a_removal_goes_on_until_it_is_certain(self, session: Session, clock: Clock) -> None:
+        """A release that gets no answer says so, is finished in the background, and its name is not used again."""
+        held = Mutex(session, "/a").acquire()
+        session.transport.before = away  # type: ignore[attr-defined]
+        assert held.release() == "unanswered"
+        assert not held.is_held()
+        session.keep()
+        session.transport.before = None  # type: ignore[attr-defined]
+        clock.now += 1.1
+        session.keep()
+        assert not session.transport.range(Range("/a/", "/a0")).kvs
+        with Mutex(session, "/a").acquire() as again:
+            assert again.key != held.key
+
+    def test_a_release_that_was_carried_out_unheard_is_no_loss(self, session: Session, clock: Clock) -> None:
+        """That the second try finds no key does not mean that the lock was lost."""
+        held = Mutex(session, "/a").acquire()
+        self.lose_answers(session.transport, 1)
+        assert held.release() == "unanswered"
+        session.keep()
+        assert not session.contenders.unfinished
+
+    def test_a_stray_contender_of_our_lease_is_removed(self, session: Session, clock: Clock) -> None:
+        """A contender on our lease that nobody here owns goes at the next look, and what we hold stays."""
+        held = Mutex(session, "/b").acquire()
+        stray = f"/a/write/{session.lease:x}"
+        session.transport.txn(Txn([], [Put(stray, b"{}", session.lease), Put("/x/y", b"", session.lease)]))
+        for _ in range(4):
+            clock.now += 10
+            session.keep()
+        assert not session.transport.range(Range(stray)).kvs
+        assert session.transport.range(Range("/x/y")).kvs, "what is no contender is not touched"
+        assert held.is_held()
+
+    def test_a_key_of_ours_that_is_not_this_acquires_is_not_adopted(self, session: Session) -> None:
+        """A key with our name but another nonce is somebody's: it is waited for, not taken for the lock."""
+        stray = f"/a/write/{session.lease:x}"
+        session.transport.txn(Txn([], [Put(stray, b'{"host":"me","nonce":"old"}', session.lease)]))
+        with pytest.raises(LockContended):
+            Mutex(session, "/a").acquire(blocking=False)
+        with pytest.raises(LockTimeout):
+            Mutex(session, "/a").acquire(timeout=0.1)
+
+
+def test_a_key_created_by_an_unheard_first_try_is_adopted(store: MemoryEtcd, clock: Clock) -> None:
+    """The transport's second try finds the key that its first one made, by its nonce, and holds the lock."""
+
+    class Twice(MemoryTransport):
+        """Carries every transaction out twice, as a client does that got no answer to its first try."""
+
+        def txn(self, request: Txn, *, timeout: float | None = None) -> Any:
+            super().txn(request)
+            reply = super().txn(request)
+            return replace(reply, header=replace(reply.header, unanswered=True))
+
+    session = Session(Twice(store), ttl=30, clock=clock, background=False)
+    tokens = []
+    take: list[Callable[[], Any]] = [Mutex(session, "/a").acquire, lambda: Mutex(session, "/a").acquire(blocking=False)]
+    for acquire in take * 2:
+        with acquire() as held:
+            tokens.append(held.fencing_token)
+            assert len(session.transport.range(Range("/a/", "/a0")).kvs) == 1
+        assert not session.transport.range(Range("/a/", "/a0")).kvs
+    assert tokens == sorted(set(tokens))
