@@ -1,0 +1,74 @@
+"""Saying that etcd is away: three lines when it begins, one a minute while it lasts, one when it is over.
+
+Not a line a task: during an outage there may be thousands.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from celery_etcd_lock.settings import Settings
+
+__all__ = ["Outage"]
+
+logger = logging.getLogger("celery_etcd_lock")
+
+_REMINDER = 60.0
+"""Seconds."""
+
+_CONSEQUENCE = {
+    "retry": "put back and not run",
+    "fail": "failed and not run",
+    "run": "run without a lock",
+}
+
+
+class Outage:
+    """Counts the tasks that could not get a lock because etcd did not answer, and speaks of it now and then."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._since = 0.0
+        self._said = 0.0
+        self._count = 0
+
+    def affects(self, task: str, error: BaseException, consequence: str) -> None:
+        """`task` could not be locked because of `error`; `consequence` is its ``on_unavailable``."""
+        with self._lock:
+            now = time.monotonic()
+            first = not self._since
+            if first:
+                self._since = now
+            self._count += 1
+            if not first and now - self._said < _REMINDER:
+                return
+            self._said = now
+            count, lasted = self._count, now - self._since
+        where = ", ".join(self._settings.endpoints)
+        if not first:
+            logger.error(
+                "etcd_lock.unavailable: still no etcd at %s, for %.0f s; %d singleton tasks %s so far",
+                where, lasted, count, _CONSEQUENCE[consequence],
+            )  # fmt: skip
+            return
+        default = " (the default: etcd_lock_endpoints is not set)" if self._settings.default_endpoints else ""
+        logger.error(
+            "etcd_lock.unavailable: no etcd at %s%s: %s\n"
+            "  1 singleton task (%s) is %s; so are all that follow until etcd answers.\n"
+            "  Set etcd_lock_endpoints, or the environment variable CELERY_ETCD_LOCK_ENDPOINTS, to where your etcd is.",
+            where, default, error, task, _CONSEQUENCE[consequence],
+        )  # fmt: skip
+
+    def over(self) -> None:
+        """A lock was taken, or refused by its holder: etcd answers."""
+        if not self._since:
+            return
+        with self._lock:
+            lasted, count = time.monotonic() - self._since, self._count
+            self._since, self._count = 0.0, 0
+        logger.warning("etcd_lock.available: etcd is back after %.0f s; %d singleton tasks were affected", lasted, count)

@@ -1,0 +1,110 @@
+"""One client and one session for each (app, process): opened when the first lock is wanted, closed at the end.
+
+The parent of a prefork pool forks children as long as it lives, and a web server may be preloaded: so nothing
+is opened at import or in the parent, and whatever a forked child finds here is dropped, untouched, and made anew.
+A session that was lost is replaced by the next one who wants a lock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from celery import signals
+
+from celery_etcd_lock.exceptions import LockLost
+from celery_etcd_lock.locks.acquire import acquire
+from celery_etcd_lock.locks.session import Session
+from celery_etcd_lock.settings import Settings
+from celery_etcd_lock.tasks.outage import Outage
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_etcd_lock.locks.held import HeldLock
+
+__all__ = ["Runtime"]
+
+# Made before the worker forks, so that its children share it: it names the worker in their sessions' keys.
+INSTANCE = secrets.token_hex(4)
+
+
+class Runtime:
+    """What a process needs to lock for one app. Get it by `of`."""
+
+    def __init__(self, app: Celery) -> None:
+        self.settings = Settings.from_app(app)
+        self.outage = Outage(self.settings)
+        self._session: Session | None = None
+        self._opening = threading.Lock()
+
+    @classmethod
+    def of(cls, app: Celery) -> Runtime:
+        """The runtime of `app` in this process. `ConfigError` if the settings of `app` do not do."""
+        runtime = _runtimes.get(app)
+        if runtime is None:
+            with _making:
+                runtime = _runtimes.get(app)
+                if runtime is None:
+                    runtime = _runtimes[app] = cls(app)
+        return runtime
+
+    def session(self) -> Session:
+        """The session of this process, opened if there is none or it was lost. `EtcdUnavailable`, `AuthRejected`."""
+        session = self._session
+        if session is not None and not session.lost:
+            return session
+        with self._opening:
+            if self._session is None or self._session.lost:
+                self.close()
+                settings = self.settings
+                self._session = Session(
+                    settings.connect(), ttl=settings.ttl, namespace=settings.namespace, instance=INSTANCE
+                )
+            return self._session
+
+    def acquire(
+        self, name: str, *, blocking: bool, timeout: float | None, describe: Mapping[str, str | int]
+    ) -> HeldLock:
+        """As `locks.acquire`; a session that turns out to be lost is replaced once."""
+        session = self.session()
+        try:
+            return acquire(session, name, blocking=blocking, timeout=timeout, describe=describe)
+        except LockLost:
+            if not session.lost:
+                raise
+        return acquire(self.session(), name, blocking=blocking, timeout=timeout, describe=describe)
+
+    def close(self) -> None:
+        """End the session, and give back all that hangs on it. The next `session` opens another."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+            session.transport.close()
+
+
+_runtimes: WeakKeyDictionary[Celery, Runtime] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _forget_after_fork() -> None:
+    global _runtimes, _making  # noqa: PLW0603 - the parent's may be locked for ever, and its sessions are not ours
+    _runtimes, _making = WeakKeyDictionary(), threading.Lock()
+
+
+def close_all(**_kwargs: Any) -> None:
+    """Close the sessions of this process: its locks are free at once, not after the TTL."""
+    for runtime in list(_runtimes.values()):
+        runtime.close()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+# A prefork child ends by os._exit, without atexit; other processes do not get the signal.
+signals.worker_process_shutdown.connect(close_all, weak=False)
+signals.worker_shutdown.connect(close_all, weak=False)
+atexit.register(close_all)

@@ -1,0 +1,114 @@
+"""The Celery project of the tests: what the real workers run. Set up by environment variables; see `workers.py`.
+
+Every body writes down when it began and ended, so that overlaps are measured from what happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from celery import Celery, Task
+
+from celery_etcd_lock import Conflict, LockLost, SingletonTask, current_lock, singleton_task
+
+app = Celery("project", broker=os.environ["BROKER_URL"], backend=os.environ["BROKER_URL"])
+app.conf.update(
+    etcd_lock_endpoints=os.environ["ETCD_URL"],
+    broker_connection_retry_on_startup=True,
+    task_default_queue=os.environ["QUEUE"],
+    worker_prefetch_multiplier=1,
+    worker_hijack_root_logger=True,
+    **json.loads(os.environ.get("SETTINGS", "{}")),
+)
+
+
+def note(event: str, running: Task[Any, Any], **more: Any) -> None:
+    line = json.dumps({"event": event, "at": time.monotonic(), "pid": os.getpid(), "id": running.request.id, **more})
+    handle = os.open(os.environ["RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(handle, line.encode() + b"\n")
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def noted(task: Any, number: int) -> Iterator[None]:
+    lock = task.lock
+    token = lock.fencing_token if lock.is_held() else 0
+    note("start", task, task=task.name, number=number, token=token, key=lock.key)
+    ended = "killed"
+    try:
+        yield
+        ended = "returned"
+    except BaseException as error:
+        ended = type(error).__name__
+        raise
+    finally:
+        note("end", task, task=task.name, number=number, ended=ended)
+
+
+def work(self: Any, number: int, seconds: float = 0.05, key: str = "k") -> int:
+    with noted(self, number):
+        time.sleep(seconds)
+    return number
+
+
+def define(name: str, **options: Any) -> Any:
+    return app.task(base=SingletonTask, bind=True, name=name, unique_on="key", **options)(work)
+
+
+retrying = define("retrying", on_conflict=Conflict.retry(backoff=0.05, backoff_max=0.5))
+skipping = define("skipping", on_conflict=Conflict.skip(result="skipped"))
+failing = define("failing", on_conflict="fail")
+waiting = define("waiting", on_conflict=Conflict.wait(timeout=60))
+giving_up = define("giving_up", on_conflict=Conflict.retry(countdown=0.2, max_wait=1))
+unavailable_fails = define("unavailable_fails", on_unavailable="fail")
+unavailable_runs = define("unavailable_runs", on_unavailable="run")
+lost_retries = define("lost_retries", on_lost="retry", on_conflict=Conflict.retry(countdown=0.2))
+lost_warns = define("lost_warns", on_lost="warn")
+
+
+@singleton_task(bind=True, app=app, name="decorated", on_conflict="skip", unique_on=["key"])
+def decorated(self: Any, number: int, key: str = "k", seconds: float = 0.05) -> int:
+    """The same by the decorator."""
+    assert current_lock.fencing_token == self.lock.fencing_token
+    with noted(self, number):
+        time.sleep(seconds)
+    return number
+
+
+@app.task(base=SingletonTask, bind=True, name="freezing", lock_key="all", on_conflict=Conflict.retry(countdown=0.2))
+def freezing(self: Any, number: int) -> None:
+    """Sends itself SIGSTOP inside the critical section, once: its second run goes through."""
+    with noted(self, number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(600)
+
+
+@app.task(base=SingletonTask, bind=True, name="catching", lock_key="all")
+def catching(self: Any, number: int) -> str:
+    """Takes its LockLost for its own affair."""
+    try:
+        with noted(self, number):
+            time.sleep(600)
+    except LockLost as lost:
+        return str(lost)
+    return "never lost"
+
+
+@app.task(bind=True, name="unstable", base=SingletonTask, serializer="pickle")
+def unstable(self: Any, thing: Any) -> None:
+    raise AssertionError("must not run")
+
+
+@app.task(name="who")
+def who() -> int:
+    """Which child took the message."""
+    return os.getpid()

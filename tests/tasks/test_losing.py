@@ -1,0 +1,268 @@
+"""Losing the lock in the middle of a body: frozen processes, revoked leases, etcd away. In several pools."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from celery_etcd_lock import LockLost
+from celery_etcd_lock.etcd import connect
+from celery_etcd_lock.etcd.api import Range, prefix_end
+from celery_etcd_lock.testing import EtcdServer
+from tests.workers import Project, overlaps, until
+
+NewProject = Callable[..., Project]
+
+LOCKED = pytest.mark.parametrize("locked", [True, False], ids=["locked", "control"])
+"""With the lock, and with one that does nothing: a scenario that sees no overlap must see them there."""
+
+
+def revoke_the_holders_lease(project: Project, lock: str) -> None:
+    """As an operator's ``etcdctl lease revoke`` does."""
+    transport = connect(project.etcd_url)
+    prefix = f"/{project.queue}/locks/{lock}/"
+    (holder,) = until(lambda: transport.range(Range(prefix, prefix_end(prefix))).kvs, "the holder's key")
+    transport.lease_revoke(holder.lease)
+    transport.close()
+
+
+@pytest.mark.parametrize("pool", [["-P", "prefork", "-c", "2"], ["-P", "solo"]], ids=["prefork", "solo"])
+def test_a_sleeping_body_is_ended_within_a_second_or_so_of_the_loss(new_project: NewProject, pool: list[str]) -> None:
+    """A body in ``time.sleep(600)`` whose lease is revoked ends with LockLost soon after the session knows."""
+    project = new_project(etcd_lock_ttl=3)
+    project.worker(*pool)
+    result = project.send("waiting", 0, 600.0)
+    until(lambda: project.runs("waiting"), "the start")
+    revoke_the_holders_lease(project, "waiting/-")
+    with pytest.raises(LockLost, match="expired or was revoked"):
+        result.get(timeout=30)
+    (run,) = project.runs("waiting")
+    assert run.how == "LockLost"
+    # The session looks at a third of the TTL, the abort comes at once then.
+    assert run.ended - run.started < 20
+    assert "etcd_lock.lost" in project.workers[0].output
+    after = project.send("waiting", 1)
+    assert after.get(timeout=30) == 1, "the same process, a new session"
+
+
+def test_in_threads_the_body_is_told_when_it_comes_back(new_project: NewProject) -> None:
+    """A thread cannot be interrupted inside a call: LockLost is raised when the call returns."""
+    project = new_project(etcd_lock_ttl=3)
+    project.worker("-P", "threads", "-c", "4")
+    result = project.send("waiting", 0, 6.0)
+    until(lambda: project.runs("waiting"), "the start")
+    revoke_the_holders_lease(project, "waiting/-")
+    with pytest.raises(LockLost):
+        result.get(timeout=60)
+    (run,) = project.runs("waiting")
+    assert run.how == "LockLost"
+    assert project.send("waiting", 1).get(timeout=30) == 1
+
+
+@LOCKED
+def test_threads_of_one_worker_never_overlap(new_project: NewProject, locked: bool) -> None:
+    """The threads pool, one session for all its threads: 40 messages of one key, one at a time."""
+    project = new_project(etcd_lock_ttl=3, etcd_lock_enabled=locked)
+    project.worker("-P", "threads", "-c", "8")
+    tasks = ["retrying", "retrying", "waiting"]
+    results = [project.send(tasks[number % 3], number, 0.02) for number in range(40)]
+    for result in results:
+        result.get(timeout=120)
+    for task in ("retrying", "waiting"):
+        assert (overlaps(project.runs(task)) == []) is locked
+    assert len(project.runs()) == 40
+
+
+def test_a_frozen_holder_wakes_up_to_its_loss(new_project: NewProject) -> None:
+    """SIGSTOP past the TTL: the next runs, with a higher token; the frozen one ends with LockLost and frees nothing."""
+    project = new_project(etcd_lock_ttl=3)
+    project.worker("-P", "prefork", "-c", "2")
+    frozen = project.send("freezing", 1)
+    (first,) = until(lambda: project.runs("freezing"), "the start")
+    until(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED, "the freeze")
+    following = project.send("freezing", 2)
+    assert following.get(timeout=60) is None
+    second = project.runs("freezing")[1]
+    assert second.token > first.token
+    holder = project.send("freezing", 3)  # somebody holds or has held the lock while the frozen one wakes
+    os.kill(first.pid, signal.SIGCONT)
+    woken = time.monotonic()
+    with pytest.raises(LockLost):
+        frozen.get(timeout=30)
+    assert time.monotonic() - woken < 10
+    assert holder.get(timeout=60) is None
+    first = project.runs("freezing")[0]
+    assert first.how == "LockLost"
+    assert overlaps(project.runs("freezing")[1:]) == [], "among those who were not frozen"
+
+
+def test_the_late_release_of_a_frozen_holder_frees_nobody(new_project: NewProject) -> None:
+    """While the next one holds the lock, the frozen one wakes, is aborted and releases: the key of the next stays."""
+    project = new_project(etcd_lock_ttl=3)
+    project.worker("-P", "prefork", "-c", "2")
+    frozen = project.send("waiting", 0, 600.0)
+    (first,) = until(lambda: project.runs("waiting"), "the start")
+    os.kill(first.pid, signal.SIGSTOP)
+    following = project.send("waiting", 1, 8.0)
+    second = until(lambda: project.runs("waiting")[1:], "the take-over")[0]
+    os.kill(first.pid, signal.SIGCONT)
+    with pytest.raises(LockLost):
+        frozen.get(timeout=30)
+    transport = connect(project.etcd_url)
+    assert transport.range(Range(second.key)).kvs, "still held"
+    assert following.get(timeout=60) == 1
+    assert not transport.range(Range(second.key)).kvs
+    transport.close()
+
+
+def test_a_worker_killed_in_mid_task_blocks_for_the_ttl_and_no_longer(new_project: NewProject) -> None:
+    """kill -9 of a whole worker: the lock comes free when its lease ends, and the job is taken over by another."""
+    project = new_project(etcd_lock_ttl=3)
+    victim = project.worker("-P", "prefork", "-c", "1")
+    project.send("waiting", 0, 600.0)
+    (first,) = until(lambda: project.runs("waiting"), "the start")
+    victim.kill()
+    killed = time.monotonic()
+    project.worker("-P", "prefork", "-c", "1")
+    following = project.send("waiting", 1)
+    assert following.get(timeout=60) == 1
+    second = project.runs("waiting")[1]
+    assert second.token > first.token
+    assert second.started - killed < 30
+
+
+@LOCKED
+def test_a_task_longer_than_the_ttl_stays_alone(new_project: NewProject, locked: bool) -> None:
+    """The lease is renewed while the body runs, and nobody gets in."""
+    project = new_project(etcd_lock_ttl=2, etcd_lock_enabled=locked)
+    project.worker("-P", "prefork", "-c", "2")
+    long = project.send("retrying", 0, 7.0)
+    until(lambda: project.runs("retrying"), "the start")
+    others = [project.send("retrying", number, 0.01) for number in (1, 2)]
+    assert [result.get(timeout=60) for result in (long, *others)] == [0, 1, 2]
+    assert (overlaps(project.runs("retrying")) == []) is locked
+
+
+def test_lost_locks_can_put_the_task_back_or_only_warn(new_project: NewProject) -> None:
+    """`on_lost="retry"` runs the task again; `on_lost="warn"` lets the body finish, and says so in the log."""
+    project = new_project(etcd_lock_ttl=3)
+    worker = project.worker("-P", "prefork", "-c", "2")
+    again = project.send("lost_retries", 0, 6.0)
+    until(lambda: project.runs("lost_retries"), "the start")
+    revoke_the_holders_lease(project, "lost_retries/-")
+    assert again.get(timeout=60) == 0
+    assert [run.how for run in project.runs("lost_retries")] == ["LockLost", "returned"]
+    warned = project.send("lost_warns", 0, 5.0)
+    until(lambda: project.runs("lost_warns"), "the start")
+    revoke_the_holders_lease(project, "lost_warns/-")
+    assert warned.get(timeout=60) == 0
+    assert "lost_warns[" in worker.output
+    assert worker.output.count("etcd_lock.lost") == 2
+
+
+def test_a_body_that_swallows_its_loss_ends_with_it_all_the_same(new_project: NewProject) -> None:
+    """LockLost in the body is an exception like any other; but a result without the lock is not vouched for."""
+    project = new_project(etcd_lock_ttl=3)
+    project.worker("-P", "prefork", "-c", "1")
+    result = project.send("catching", 0)
+    until(lambda: project.runs("catching"), "the start")
+    revoke_the_holders_lease(project, "catching/all")
+    with pytest.raises(LockLost):
+        result.get(timeout=30)
+
+
+def test_etcdctl_and_a_task_exclude_each_other(new_project: NewProject, etcd: EtcdServer) -> None:
+    """``etcdctl lock <the task's lock name>`` keeps the task out, and is kept out by it."""
+    if etcd.etcdctl is None:
+        pytest.skip("no etcdctl beside the etcd that is used")
+    project = new_project(etcd_lock_ttl=3)
+    project.worker("-P", "prefork", "-c", "1")
+    name = f"/{project.queue}/locks/waiting/-"
+    command = [str(etcd.etcdctl), "--endpoints", etcd.url, "lock", name]
+    environment = {**os.environ, "ETCDCTL_API": "3"}
+    with subprocess.Popen([*command, "sleep", "600"], env=environment) as shell:
+        transport = connect(etcd.url)
+        until(lambda: transport.range(Range(name + "/", prefix_end(name + "/"))).kvs, "etcdctl's key")
+        result = project.send("waiting", 0, 3.0)
+        until(lambda: len(transport.range(Range(name + "/", prefix_end(name + "/"))).kvs) == 2, "the task's key")
+        assert project.runs() == []
+        for child in psutil.Process(shell.pid).children():
+            child.terminate()
+    until(project.runs, "the task's start")
+    got = subprocess.run([*command, "sh", "-c", "echo $ETCD_LOCK_REV"], env=environment, capture_output=True, check=True)
+    (run,) = project.runs()
+    assert run.ended < float("inf"), "etcdctl came in only when the body had ended"
+    assert int(got.stdout.split()[-1]) > run.token, "their tokens and ours mix"
+    assert result.get(timeout=30) == 0
+    transport.close()
+
+
+class TestEtcdAway:
+    def test_every_message_ends_and_none_runs_unlocked(self, new_project: NewProject, tmp_path: Path) -> None:
+        """etcd stopped and started again under a worker: all end as run, or as a LockLost that aborted the body."""
+        with EtcdServer() as own:
+            project = new_project(own.url, etcd_lock_ttl=3, etcd_lock_timeout=1)
+            worker = project.worker()
+            results = [project.send("retrying", number, 0.5) for number in range(20)]
+            for _ in range(2):
+                until(lambda: len(project.runs()) > 2, "some runs")
+                own.stop()
+                until(lambda: "etcd_lock.unavailable" in worker.output, "the word that etcd is away")
+                time.sleep(4)  # longer than the TTL: that is the outage
+                own.start()
+            ended: dict[int, Any] = {}
+            for number, result in enumerate(results):
+                try:
+                    ended[number] = result.get(timeout=120)
+                except LockLost as lost:
+                    ended[number] = lost
+            runs = project.runs()
+            assert overlaps(runs) == []
+            assert all(run.token for run in runs), "none ran unlocked"
+            for number, value in ended.items():
+                how = [run.how for run in runs if run.number == number]
+                assert how == (["LockLost"] if isinstance(value, LockLost) else ["returned"])
+            assert worker.process.poll() is None, "the worker lives"
+
+    def test_a_worker_starts_without_etcd_and_says_so_in_three_lines(self, new_project: NewProject) -> None:
+        """No etcd there: the worker comes up, the task is put back, three lines say what to do; then it runs."""
+        own = EtcdServer()
+        with own:
+            project = new_project(own.url, etcd_lock_ttl=3, etcd_lock_timeout=1)
+            own.stop()
+            worker = project.worker("-P", "prefork", "-c", "1")
+            results = [project.send("retrying", number) for number in range(3)]
+            until(lambda: results[0].state == "RETRY", "the task's return to its queue")
+            said = worker.output[worker.output.index("etcd_lock.unavailable") :]
+            first, second, third = said.splitlines()[:3]
+            assert f"no etcd at {own.url}" in first
+            assert "put back and not run" in second
+            assert "etcd_lock_endpoints" in third
+            until(lambda: all(result.state == "RETRY" for result in results), "the same for all")
+            assert worker.output.count("etcd_lock.unavailable") == 1, "once, not once a task"
+            assert project.runs() == []
+            own.start()
+            assert [result.get(timeout=90) for result in results] == [0, 1, 2]
+            assert "etcd is back after" in worker.output
+
+    def test_other_wishes_are_obeyed(self, new_project: NewProject) -> None:
+        """`on_unavailable="fail"` fails with EtcdUnavailable; `"run"` runs, with a lock that says it is not held."""
+        from celery_etcd_lock import EtcdUnavailable
+
+        with EtcdServer() as own:
+            project = new_project(own.url, etcd_lock_timeout=1)
+            own.stop()
+            project.worker("-P", "prefork", "-c", "1")
+            with pytest.raises(EtcdUnavailable, match="no etcd|refused|answer"):
+                project.send("unavailable_fails", 0).get(timeout=60)
+            assert project.send("unavailable_runs", 1).get(timeout=60) == 1
+            (run,) = project.runs()
+            assert run.token == 0

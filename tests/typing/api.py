@@ -1,0 +1,68 @@
+"""Never run: type checkers read it, as a user's code. `make check` fails when what it says is not so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from typing_extensions import assert_type
+
+from celery_etcd_lock import Conflict, SingletonTask, current_lock, singleton_task
+from celery_etcd_lock.locks import HeldLock, Mutex, Session
+
+app = Celery()
+
+
+@singleton_task
+def bare(account_id: int, full: bool = False) -> str:
+    return str(account_id)
+
+
+@singleton_task(unique_on="account_id", on_conflict="skip", acks_late=True, app=app)
+def called(account_id: int) -> int:
+    return account_id
+
+
+@singleton_task(bind=True, on_conflict=Conflict.retry(backoff=1, backoff_max=10))
+def bound(self: SingletonTask, day: str) -> float:
+    self.lock.assert_held()
+    return self.lock.remaining()
+
+
+@app.task(base=SingletonTask, bind=True, on_conflict=Conflict.wait(timeout=5, then="fail"))
+def based(self: SingletonTask, day: str) -> int:
+    return self.lock.fencing_token
+
+
+assert_type(bare(1), str)
+bare.delay(1, full=True)
+bare.delay("1")  # type: ignore[arg-type]
+bare.delay()  # type: ignore[call-arg]
+bare.s(1, full=True)
+bare.s(ful=True)  # type: ignore[call-arg]
+assert_type(called(1), int)
+called.apply_async((1,), countdown=3)
+assert_type(bound("2026-01-01"), float)
+bound.delay(day="2026-01-01")
+bound.delay(1)  # type: ignore[arg-type]
+assert_type(bare.delay(1).get(), str)
+
+
+@singleton_task(unique_one="account_id")  # type: ignore[call-overload]
+def misspelt(account_id: int) -> int:
+    return account_id
+
+
+@singleton_task(on_lost="abourt")  # type: ignore[call-overload]
+def wrong(account_id: int) -> int:
+    return account_id
+
+
+def by_itself(session: Session) -> int:
+    with Mutex(session, "/maintenance").acquire(timeout=5) as held:
+        assert_type(held, HeldLock)
+        return held.fencing_token
+
+
+token: int = current_lock.fencing_token
+anything: Any = based.delay("2026-01-01")

@@ -1,0 +1,165 @@
+"""Real Celery workers as processes, and what their tasks wrote down."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from celery import Celery
+from celery.result import AsyncResult
+
+__all__ = ["Project", "Run", "Worker", "overlaps", "until"]
+
+_HERE = Path(__file__).parent
+
+
+def until(condition: Callable[[], Any], what: str = "it", *, seconds: float = 60) -> Any:
+    """Wait until `condition` gives something true, and return that; fail if it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come to pass within {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a body."""
+
+    id: str
+    number: int
+    pid: int
+    token: int
+    key: str
+    started: float
+    ended: float = float("inf")
+    """Infinite: it was killed, or still runs."""
+    how: str = "killed"
+
+
+def overlaps(runs: list[Run]) -> list[tuple[Run, Run]]:
+    """The pairs of runs that were inside at the same time."""
+    ordered = sorted(runs, key=lambda run: run.started)
+    return [(one, two) for i, one in enumerate(ordered) for two in ordered[i + 1 :] if two.started < one.ended]
+
+
+class Worker:
+    """One ``celery worker``, with its children."""
+
+    def __init__(self, environment: dict[str, str], log: Path, arguments: list[str], *, ready: bool = True) -> None:
+        self.log = log
+        self._handle = log.open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "project", "worker", "-l", "INFO", "--without-gossip",
+             "--without-mingle", "--without-heartbeat", "-n", f"w{uuid.uuid4().hex[:8]}@test", *arguments],
+            env=environment, cwd=log.parent, stdout=self._handle, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        if ready:
+            until(lambda: " ready." in self.output or self.process.poll() is not None, "the worker's start")
+            assert self.process.poll() is None, self.output
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Ask it to end, and wait for that."""
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def kill(self) -> None:
+        """SIGKILL to it and all its children at once."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait(60)
+        self._handle.close()
+
+
+@dataclass
+class Project:
+    """The project in `tests/tasks/project.py`, on one broker, one etcd and a queue of its own."""
+
+    broker_url: str
+    etcd_url: str
+    folder: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    queue: str = field(default_factory=lambda: f"q{uuid.uuid4().hex}")
+    workers: list[Worker] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.settings = {"etcd_lock_namespace": self.queue, **self.settings}
+        self.record = self.folder / f"{self.queue}.jsonl"
+        self.app = Celery("client", broker=self.broker_url, backend=self.broker_url, set_as_current=False)
+        self.app.conf.task_default_queue = self.queue
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(_HERE.parent), str(_HERE / "tasks")]),
+            "BROKER_URL": self.broker_url,
+            "ETCD_URL": self.etcd_url,
+            "QUEUE": self.queue,
+            "RECORD": str(self.record),
+            "SETTINGS": json.dumps(self.settings),
+        }
+
+    def worker(self, *arguments: str, ready: bool = True) -> Worker:
+        """Start a worker; with prefork and 4 children unless `arguments` say otherwise."""
+        log = self.folder / f"worker-{self.queue}-{len(self.workers)}.log"
+        worker = Worker(self.environment, log, list(arguments or ("-P", "prefork", "-c", "4")), ready=ready)
+        self.workers.append(worker)
+        return worker
+
+    def send(self, task: str, *args: Any, **kwargs: Any) -> AsyncResult[Any]:
+        """Publish a message, by name."""
+        return self.app.send_task(task, args, kwargs)
+
+    def runs(self, task: str | None = None) -> list[Run]:
+        """What the bodies wrote down, in the order of their starts."""
+        runs: dict[tuple[str, int, float], Run] = {}
+        latest: dict[tuple[str, int], tuple[str, int, float]] = {}
+        lines = self.record.read_text().splitlines() if self.record.exists() else []
+        for line in lines:
+            entry = json.loads(line)
+            if task is not None and entry["task"] != task:
+                continue
+            who = (entry["id"], entry["pid"])
+            if entry["event"] == "start":
+                latest[who] = (*who, entry["at"])
+                runs[latest[who]] = Run(
+                    entry["id"], entry["number"], entry["pid"], entry["token"], entry["key"], entry["at"]
+                )
+            else:
+                begun = runs[latest[who]]
+                runs[latest[who]] = Run(
+                    begun.id, begun.number, begun.pid, begun.token, begun.key, begun.started,
+                    entry["at"], entry["ended"],
+                )  # fmt: skip
+        return sorted(runs.values(), key=lambda run: run.started)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        self.app.close()
+
+
+@contextmanager
+def project(broker_url: str, etcd_url: str, folder: Path, **settings: Any) -> Iterator[Project]:
+    opened = Project(broker_url, etcd_url, folder, settings)
+    try:
+        yield opened
+    finally:
+        opened.close()
