@@ -46,8 +46,11 @@ class LockContended(EtcdLockError):
     """Somebody else holds the lock.
 
     ``args == (key, holder, since)``, all strings: the lock's name in etcd, who holds it as far as the
-    holder said (``""`` if it did not), and since when (ISO 8601, UTC; ``""`` if unknown).
+    holder said (``""`` if it did not), and since when it has been in line (ISO 8601, UTC; ``""`` if unknown).
     """
+
+    task_id = ""
+    """The holder's Celery task id, where it said one. Stays in this process: not in `args`."""
 
     def __init__(self, key: str = "", holder: str = "", since: str = "") -> None:
         super().__init__(key, holder, since)

@@ -145,7 +145,7 @@ class Contenders:
             return "lost"
         except EtcdLockError as error:
             if not isinstance(error, EtcdUnavailable):
-                logger.error("etcd_lock.removal_refused: %s: %s", contender.key, error)
+                logger.warning("etcd_lock.removal_refused: %s: %s", contender.key, error)
             self._later(contender)
             return "unanswered"
         except BaseException:

@@ -91,9 +91,7 @@ class Description:
     nonce: str = ""
 
 
-def value_of(
-    *, host: str, pid: int, since: str, nonce: str, extra: Mapping[str, str | int] | None = None
-) -> bytes:
+def value_of(*, host: str, pid: int, since: str, nonce: str, extra: Mapping[str, str | int] | None = None) -> bytes:
     """The value of a contender: who it is, as JSON. Short, because every acquire leaves one in etcd's history."""
     record = {"host": host, "pid": pid, "since": since, "nonce": nonce, **(extra or {})}
     return json.dumps(record, separators=(",", ":")).encode()

@@ -51,6 +51,7 @@ __all__ = ["Session", "boottime"]
 
 logger = logging.getLogger(__name__)
 
+
 def boottime() -> float:
     """Seconds of a clock that never steps and, where there is one (Linux), goes on while the machine sleeps."""
     if hasattr(time, "CLOCK_BOOTTIME"):
@@ -207,7 +208,7 @@ class Session:
         return reply
 
     def saw_own_key(self, kvs: Sequence[KeyValue], *, sent_in: int) -> None:
-        """Take note of the session's key as a request sent in the epoch `sent_in` found it. `LockLost` if it is gone."""
+        """Take note of the session's key, as a request of the epoch `sent_in` found it. `LockLost` if it is gone."""
         if not kvs:
             self._lose(f"the session's key {self.key} was deleted")
         elif kvs[0].mod_revision < sent_in:

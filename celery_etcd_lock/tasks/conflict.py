@@ -46,10 +46,10 @@ _MEANT = {
 }  # fmt: skip
 
 
-def nearest(word: str, words: Iterable[str]) -> str | None:
+def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The one of `words` that `word` was probably meant to be, or None."""
     candidates = list(words)
-    return next(iter(difflib.get_close_matches(word.lower(), candidates, n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(word.lower(), candidates, n=1, cutoff=cutoff)), None)
 
 
 @dataclass(frozen=True)

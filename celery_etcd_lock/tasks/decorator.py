@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
     from celery_etcd_lock.tasks.typed import SingletonTaskDecorator
 
+    _Proxy = Proxy[Any]
+else:
+    _Proxy = Proxy
+
 __all__ = ["singleton_task"]
 
 _state: Any = _celery_state  # what shared_task itself is made of
@@ -48,7 +52,7 @@ def _make_shared(function: Callable[..., Any], only_app: Celery | None, options:
     if not callable(function):
         raise TypeError(f"@singleton_task decorates a function, not {function!r}")
 
-    def make(app: Celery) -> Any:
+    def make(app: Any) -> None:
         if only_app is None or app is only_app:
             app.task(shared=False, lazy=False, **{**options, "base": _base(app, options.get("base"))})(function)
 
@@ -76,11 +80,11 @@ def _base(app: Celery, base: Any) -> type[SingletonTask]:
     return cast("type[SingletonTask]", type("SingletonTask", bases, {"abstract": True, "__module__": __name__}))
 
 
-class _TaskProxy(Proxy):  # type: ignore[type-arg,unused-ignore]
+class _TaskProxy(_Proxy):
     """The task of the current app. Refuses to be made a task of once more: Celery would drop the options of that."""
 
     @property
-    def __name__(self) -> str:  # type: ignore[override]
+    def __name__(self) -> str:
         _refuse_celery(sys._getframe(1).f_code, self)
         return cast("str", self._get_current_object().__name__)
 

@@ -56,8 +56,6 @@ def run_alone(
         raise
     except EtcdLockError as error:
         return _unavailable(runtime, task, request, name, waits, error, body)
-    runtime.outage.over()
-    set_lock(request, held)
     return _run(task, request, waits, held, body)
 
 
@@ -127,18 +125,22 @@ def _unavailable(
 
 def _run(task: SingletonTask, request: Context, waits: Waits, held: HeldLock, body: Callable[[], Any]) -> Any:
     on_lost = task.on_lost or Runtime.of(task.app).settings.on_lost
+    again = on_lost == "retry" and not request.is_eager
     try:
         try:
+            Runtime.of(task.app).outage.over()
+            set_lock(request, held)
             result = body() if on_lost == "warn" else _abortable(held, body)
         finally:
             # On every way out of the body, and before the result is stored and the next in the chain is sent.
             lost = _give_back(task, request, held)
-        if lost and on_lost != "warn":
-            raise LockLost(lost)
     except LockLost as error:
-        if on_lost == "retry" and held.release() == "lost" and not request.is_eager:
+        if again and held.release() == "lost":
             raise put_back(task, request, waits, error, countdown=0.0) from error
         raise
+    if lost and on_lost != "warn":
+        error = LockLost(lost)
+        raise put_back(task, request, waits, error, countdown=0.0) if again else error
     return result
 
 

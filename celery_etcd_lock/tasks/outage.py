@@ -71,4 +71,4 @@ class Outage:
         with self._lock:
             lasted, count = time.monotonic() - self._since, self._count
             self._since, self._count = 0.0, 0
-        logger.warning("etcd_lock.available: etcd is back after %.0f s; %d singleton tasks were affected", lasted, count)
+        logger.warning("etcd_lock.available: etcd is back after %.0f s; %d singleton tasks met with it", lasted, count)

@@ -93,7 +93,7 @@ _making = threading.Lock()
 
 
 def _forget_after_fork() -> None:
-    global _runtimes, _making  # noqa: PLW0603 - the parent's may be locked for ever, and its sessions are not ours
+    global _runtimes, _making  # the parent's may be locked for ever, and its sessions are not ours
     _runtimes, _making = WeakKeyDictionary(), threading.Lock()
 
 

@@ -6,7 +6,6 @@ and around autoretry. A subclass or a sibling base may have a ``__call__`` of it
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 import warnings
@@ -16,7 +15,7 @@ from celery import Task
 
 from celery_etcd_lock.exceptions import ConfigError, LockContended
 from celery_etcd_lock.settings import ON_LOST, ON_UNAVAILABLE, Settings
-from celery_etcd_lock.tasks.conflict import Coalesce, Conflict
+from celery_etcd_lock.tasks.conflict import Coalesce, Conflict, nearest
 from celery_etcd_lock.tasks.current import TaskLock, has_lock, lock_of
 from celery_etcd_lock.tasks.guard import run_alone
 from celery_etcd_lock.tasks.keys import KeyRule
@@ -31,7 +30,9 @@ __all__ = ["SingletonTask"]
 logger = logging.getLogger("celery_etcd_lock")
 
 OPTIONS = ("unique_on", "lock_key", "on_conflict", "on_lost", "on_unavailable")
-_LATER = frozenset({"unique_queued", "on_duplicate", "lock_mode", "lock_limit", "lock_at_least_for", "lock_at_most_for"})
+_LATER = frozenset(
+    {"unique_queued", "on_duplicate", "lock_mode", "lock_limit", "lock_at_least_for", "lock_at_most_for"}
+)
 _CELERYS = frozenset(dir(Task))
 _INSTEAD = {
     "lock_expiry": "etcd_lock_ttl on the app: one lease serves the whole process, and is renewed while the body runs",
@@ -123,9 +124,9 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         for option, allowed in (("on_lost", ON_LOST), ("on_unavailable", ON_UNAVAILABLE)):
             value = getattr(cls, option)
             if value is not None and value not in allowed:
-                near = difflib.get_close_matches(str(value), allowed, n=1)
-                refuse(f"{option}={value!r}: write one of {', '.join(map(repr, allowed))}"
-                       + (f" (perhaps {near[0]!r}?)" if near else ""))  # fmt: skip
+                near = nearest(str(value), allowed)
+                hint = f" (perhaps {near!r}?)" if near else ""
+                refuse(f"{option}={value!r}: write one of {', '.join(map(repr, allowed))}{hint}")
         if cls.on_conflict is not None:
             try:
                 cls.on_conflict = Conflict.parse(cls.on_conflict)
@@ -187,14 +188,11 @@ def _options_set(cls: type[SingletonTask]) -> list[str]:
 
 def _warn_of_near_misses(cls: type[SingletonTask]) -> None:
     for name in _options_set(cls):
-        if name in _INSTEAD:
-            near = [_INSTEAD[name]]
-        elif name in OPTIONS or name in _CELERYS:
+        if name in OPTIONS or name in _CELERYS:
             continue
-        else:
-            near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
-        if near:
+        instead = _INSTEAD.get(name) or nearest(name, OPTIONS, cutoff=0.8)
+        if instead:
             warnings.warn(
-                f"task {cls.name}: {name} is no option of a singleton task and does nothing: write {near[0]}",
+                f"task {cls.name}: {name} is no option of a singleton task and does nothing: write {instead}",
                 stacklevel=2,
             )

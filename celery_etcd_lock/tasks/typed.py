@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
     on_lost: Literal["abort", "retry", "warn"]
     on_unavailable: Literal["retry", "fail", "run"]
 
-    app: Celery
+    app: Celery[Any]
     name: str
     base: type[Task[Any, Any]]
     serializer: str
@@ -74,10 +74,15 @@ class Options(TypedDict, total=False):
 class SingletonTaskOf(Protocol[P, R_co]):
     """A singleton task made from a function of these parameters and this result."""
 
+    __name__: str
     name: str
-    app: Celery
+    app: Celery[Any]
     request: Any
     backend: Any
+    max_retries: int | None
+    acks_late: bool
+    ignore_result: bool
+    throws: tuple[type[BaseException], ...]
 
     @property
     def lock(self) -> TaskLock: ...
@@ -86,7 +91,9 @@ class SingletonTaskOf(Protocol[P, R_co]):
     def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R_co]: ...
     def s(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R_co]: ...
     def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R_co]: ...
-    def signature(self, args: Sequence[Any] = ..., kwargs: Mapping[str, Any] = ..., **options: Any) -> Signature[R_co]: ...
+    def signature(
+        self, args: Sequence[Any] = ..., kwargs: Mapping[str, Any] = ..., **options: Any
+    ) -> Signature[R_co]: ...
     def apply(
         self, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ..., **options: Any
     ) -> EagerResult[R_co]: ...

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
@@ -61,7 +62,7 @@ class Record:
 
     def overlaps(self) -> int:
         ordered = sorted(self.intervals)
-        return sum(late[0] < early[1] for early, late in zip(ordered, ordered[1:], strict=False))
+        return sum(late[0] < early[1] for early, late in pairwise(ordered))
 
 
 def crowd(doors: list[Callable[[], AbstractContextManager[object]]], *, times: int = 3) -> Record:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from celery_etcd_lock.etcd.api import Range, prefix_end
+from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn, created_at, prefix_end
 from celery_etcd_lock.etcd.gateway import GatewayTransport
 from celery_etcd_lock.exceptions import EtcdUnavailable
 from celery_etcd_lock.locks import Mutex, Session
@@ -42,7 +42,8 @@ def follower(cluster: EtcdCluster) -> EtcdServer:
 def session_at(first: EtcdServer, cluster: EtcdCluster) -> Session:
     """A session whose client talks to `first` until that does not answer."""
     others = [member.url for member in cluster.members if member is not first]
-    transport = GatewayTransport([first.url, *others], timeout=3.0, first=0)
+    transport = GatewayTransport([first.url, *others], timeout=1.6)
+    transport._cluster._current = 0
     return Session(transport, ttl=TTL)
 
 
@@ -119,3 +120,47 @@ def test_a_late_put_of_an_acquire_given_up_is_taken_back(
                 assert keys(witness, name) == [], f"try {number}"
                 Mutex(witness, name).acquire(blocking=False).release()
             transport.close()
+
+
+class TestTheStagingItself:
+    """Control: what a naive lock sends is carried out late, sooner or later, and does its harm."""
+
+    def test_an_unlock_by_name_does_free_somebody(
+        self, cluster: EtcdCluster, follower: EtcdServer, prefix: str
+    ) -> None:
+        """The unlock of one key by its name alone, stuck and then late, deletes the key that is the next holder's."""
+        key = f"{prefix}naive-unlock"
+
+        def lock(session: Session) -> bool:
+            return session.transport.txn(Txn([created_at(key, 0)], [Put(key, b"", session.lease)])).succeeded
+
+        def broken() -> bool:
+            with session_at(cluster.leader(), cluster) as next_, session_at(follower, cluster) as holder:
+                assert lock(holder)
+                follower.pause()
+                try:
+                    holder.transport.delete(Delete(key))
+                    assert lock(next_)
+                finally:
+                    after_what_was_stuck(follower, next_)
+                return not next_.transport.range(Range(key)).kvs
+
+        assert any(broken() for _ in range(TRIES))
+
+    def test_a_put_without_the_epoch_does_leave_a_contender(
+        self, cluster: EtcdCluster, follower: EtcdServer, prefix: str
+    ) -> None:
+        """A contender's put that compares nothing but its own name, stuck and then late, blocks the lock."""
+        key = f"{prefix}naive-put/write/1"
+
+        def broken() -> bool:
+            with session_at(cluster.leader(), cluster) as witness, session_at(follower, cluster) as session:
+                follower.pause()
+                try:
+                    session.transport.txn(Txn([created_at(key, 0)], [Put(key, b"", session.lease)]))
+                    session.transport.delete(Delete(key))
+                finally:
+                    after_what_was_stuck(follower, witness)
+                return bool(witness.transport.range(Range(key)).kvs)
+
+        assert any(broken() for _ in range(TRIES))

@@ -42,12 +42,13 @@ def test_a_sleeping_body_is_ended_within_a_second_or_so_of_the_loss(new_project:
     result = project.send("waiting", 0, 600.0)
     until(lambda: project.runs("waiting"), "the start")
     revoke_the_holders_lease(project, "waiting/-")
+    revoked = time.monotonic()
     with pytest.raises(LockLost, match="expired or was revoked"):
         result.get(timeout=30)
     (run,) = project.runs("waiting")
     assert run.how == "LockLost"
-    # The session looks at a third of the TTL, the abort comes at once then.
-    assert run.ended - run.started < 20
+    # The session finds out at its next renewal, within a third of the TTL, and the abort comes at once then.
+    assert run.ended - revoked < 1 + 4, "several times the second expected, for a machine that is busy"
     assert "etcd_lock.lost" in project.workers[0].output
     after = project.send("waiting", 1)
     assert after.get(timeout=30) == 1, "the same process, a new session"
@@ -197,10 +198,11 @@ def test_etcdctl_and_a_task_exclude_each_other(new_project: NewProject, etcd: Et
         for child in psutil.Process(shell.pid).children():
             child.terminate()
     until(project.runs, "the task's start")
-    got = subprocess.run([*command, "sh", "-c", "echo $ETCD_LOCK_REV"], env=environment, capture_output=True, check=True)
+    got = subprocess.run([*command, "env"], env=environment, capture_output=True, text=True, check=True).stdout
     (run,) = project.runs()
     assert run.ended < float("inf"), "etcdctl came in only when the body had ended"
-    assert int(got.stdout.split()[-1]) > run.token, "their tokens and ours mix"
+    (token,) = [line.partition("=")[2] for line in got.splitlines() if line.startswith("ETCD_LOCK_REV=")]
+    assert int(token) > run.token, "their tokens and ours mix"
     assert result.get(timeout=30) == 0
     transport.close()
 
@@ -261,7 +263,7 @@ class TestEtcdAway:
             project = new_project(own.url, etcd_lock_timeout=1)
             own.stop()
             project.worker("-P", "prefork", "-c", "1")
-            with pytest.raises(EtcdUnavailable, match="no etcd|refused|answer"):
+            with pytest.raises(EtcdUnavailable, match=r"no etcd|refused|answer"):
                 project.send("unavailable_fails", 0).get(timeout=60)
             assert project.send("unavailable_runs", 1).get(timeout=60) == 1
             (run,) = project.runs()

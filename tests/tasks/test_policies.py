@@ -143,5 +143,3 @@ def test_the_decorator_locks_as_the_base_does(running: Project) -> None:
     assert second.get(timeout=60) is None
     assert first.get(timeout=60) == 0
     assert len(running.runs("decorated")) == 1
-
-

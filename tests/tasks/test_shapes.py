@@ -6,7 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from celery import Celery, Task, _state, group, shared_task
@@ -14,10 +14,15 @@ from celery import Celery, Task, _state, group, shared_task
 import celery_etcd_lock
 from celery_etcd_lock import ConfigError, Conflict, LockContended, LockLost, SingletonTask, current_lock, singleton_task
 
+if TYPE_CHECKING:
+    AnyTask = Task[Any, Any]
+else:
+    AnyTask = Task
+
 
 @pytest.fixture
-def app() -> Iterator[Celery]:
-    made = Celery("shapes", broker="memory://", backend="cache+memory://", set_as_current=True)
+def app() -> Iterator[Any]:
+    made: Any = Celery("shapes", broker="memory://", backend="cache+memory://", set_as_current=True)
     made.conf.update(etcd_lock_endpoints="memory://shapes", task_always_eager=True, task_eager_propagates=True)
     yield made
     made.close()
@@ -26,11 +31,12 @@ def app() -> Iterator[Celery]:
 @pytest.fixture(autouse=True)
 def own_shared_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared tasks come back on every later app: not those of one test in another's."""
-    monkeypatch.setattr(_state, "_on_app_finalizers", set(_state._on_app_finalizers))
+    state: Any = _state
+    monkeypatch.setattr(state, "_on_app_finalizers", set(state._on_app_finalizers))
 
 
 class TestBase:
-    def test_as_the_base_of_a_task(self, app: Celery) -> None:
+    def test_as_the_base_of_a_task(self, app: Any) -> None:
         """`@app.task(base=SingletonTask, bind=True)` gives a task that has a lock of its own name."""
 
         @app.task(base=SingletonTask, bind=True, unique_on="x", name="n")
@@ -40,7 +46,7 @@ class TestBase:
         assert f.delay(1).get() == (3, True)
         assert f.lock_name((1, 5)) == f.lock_name((), {"x": 1}) == "/celery/locks/n/x=1"
 
-    def test_in_a_class(self, app: Celery) -> None:
+    def test_in_a_class(self, app: Any) -> None:
         """A class-based task subclasses it."""
 
         class Sync(SingletonTask):
@@ -57,11 +63,11 @@ class TestBase:
     def test_keeps_the_apps_own_task_class(self) -> None:
         """A project's `task_cls` (Django's, for one) stays a base, by the decorator and by `base=`."""
 
-        class Own(Task):
+        class Own(AnyTask):
             def mine(self) -> str:
                 return "mine"
 
-        app = Celery("own", task_cls=Own, set_as_current=False)
+        app: Any = Celery("own", task_cls=Own, set_as_current=False)
 
         @app.task(base=SingletonTask, name="a")
         def a() -> None: ...
@@ -74,11 +80,11 @@ class TestBase:
             assert isinstance(task, Own)
             assert task.mine() == "mine"
 
-    def test_composes_with_a_base_that_has_a_call_of_its_own(self, app: Celery) -> None:
+    def test_composes_with_a_base_that_has_a_call_of_its_own(self, app: Any) -> None:
         """A given `base` runs inside the lock."""
         calls: list[bool] = []
 
-        class Timed(Task):
+        class Timed(AnyTask):
             abstract = True
 
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +100,7 @@ class TestBase:
 
     def test_for_everything(self) -> None:
         """`task_cls=SingletonTask` makes every task one, and leaves Celery's own alone."""
-        app = Celery("all", task_cls=SingletonTask, set_as_current=False)
+        app: Any = Celery("all", task_cls=SingletonTask, set_as_current=False)
 
         @app.task(name="mine")
         def mine() -> None: ...
@@ -105,7 +111,7 @@ class TestBase:
 
 
 class TestDecorator:
-    def test_with_and_without_parentheses(self, app: Celery) -> None:
+    def test_with_and_without_parentheses(self, app: Any) -> None:
         """Both make a shared task that the current app has."""
 
         @singleton_task
@@ -121,17 +127,18 @@ class TestDecorator:
         assert isinstance(app.tasks[bare.name], SingletonTask)
         assert (bare.__name__, bare.__doc__, bare.__module__) == ("bare", "Doc.", __name__)
 
-    def test_takes_celerys_options(self, app: Celery) -> None:
+    def test_takes_celerys_options(self, app: Any) -> None:
         """Every option of `@app.task` goes through."""
 
-        @singleton_task(bind=True, name="opt", max_retries=7, acks_late=True, autoretry_for=(KeyError,), unique_on=["x"])
+        @singleton_task(bind=True, name="opt", max_retries=7, acks_late=True, autoretry_for=(KeyError,), unique_on="x")
         def opt(self: Any, x: int) -> str:
             return str(self.name)
 
-        assert (opt.max_retries, opt.acks_late, opt.unique_on) == (7, True, ["x"])
+        assert (opt.max_retries, opt.acks_late, opt.throws) == (7, True, (LockContended,))
+        assert opt.lock_name((1,)) == "/celery/locks/opt/x=1"
         assert opt.delay(1).get() == "opt"
 
-    def test_is_on_every_app(self, app: Celery) -> None:
+    def test_is_on_every_app(self, app: Any) -> None:
         """A second app gets a locked copy, and one that is bound to an app stays there."""
 
         @singleton_task(name="everywhere")
@@ -145,7 +152,7 @@ class TestDecorator:
         assert "here" not in other.tasks
         assert isinstance(app.tasks["here"], SingletonTask)
 
-    def test_above_another_decorator_is_refused(self, app: Celery) -> None:
+    def test_above_another_decorator_is_refused(self, app: Any) -> None:
         """`@singleton_task` over `@app.task` or `@shared_task` prints the line to write instead."""
         for decorator in (app.task, shared_task):
             with pytest.raises(TypeError, match=r"above .*f.*write one line, @singleton_task"):
@@ -156,14 +163,13 @@ class TestDecorator:
 
     def test_below_another_decorator_is_refused(self) -> None:
         """`@app.task` over `@singleton_task` would lose its options in silence."""
-        app = Celery("below", set_as_current=True)
+        app: Any = Celery("below", set_as_current=True)
         with pytest.raises(TypeError, match=r"below .*g.*write one line, @singleton_task"):
 
             @app.task(rate_limit="1/s")
             @singleton_task
             def g() -> None: ...
 
-            app.finalize()
         code = (
             "from celery import Celery, shared_task\nfrom celery_etcd_lock import singleton_task\n"
             "app = Celery('x')\n@shared_task\n@singleton_task\ndef f(): ...\napp.finalize()"
@@ -190,7 +196,7 @@ class TestOptions:
         ],
     )
     def test_what_cannot_be_meant_is_refused_when_the_task_is_made(
-        self, app: Celery, options: dict[str, Any], says: str
+        self, app: Any, options: dict[str, Any], says: str
     ) -> None:
         """A ConfigError names the task and what to write instead."""
         with pytest.raises(ConfigError, match=says) as refused:
@@ -201,7 +207,7 @@ class TestOptions:
         assert "wrong" in str(refused.value)
 
     @pytest.mark.parametrize(("option", "right"), [("unique_one", "unique_on"), ("lock_expiry", "etcd_lock_ttl")])
-    def test_a_near_miss_is_a_warning(self, app: Celery, option: str, right: str) -> None:
+    def test_a_near_miss_is_a_warning(self, app: Any, option: str, right: str) -> None:
         """An option that is nearly one of ours, or a peer's, does nothing, and is said."""
         with pytest.warns(UserWarning, match=f"{option}.*{right}"):
 
@@ -210,7 +216,7 @@ class TestOptions:
 
     def test_by_annotations(self) -> None:
         """Celery's `task_annotations` set options, too."""
-        app = Celery("annotated", set_as_current=False)
+        app: Any = Celery("annotated", set_as_current=False)
         app.conf.task_annotations = {"annotated": {"on_conflict": "skip"}}
 
         @app.task(base=SingletonTask, name="annotated")
@@ -218,7 +224,7 @@ class TestOptions:
 
         assert app.tasks["annotated"].conflict_policy() == Conflict.skip()
 
-    def test_map_starmap_and_chunks_point_to_group(self, app: Celery) -> None:
+    def test_map_starmap_and_chunks_point_to_group(self, app: Any) -> None:
         """They would call the function unlocked."""
 
         @app.task(base=SingletonTask, name="m")
@@ -232,7 +238,7 @@ class TestOptions:
 
 
 class TestLock:
-    def test_is_never_none(self, app: Celery) -> None:
+    def test_is_never_none(self, app: Any) -> None:
         """Direct and eager calls get a stand-in with growing tokens."""
         tokens = []
 
@@ -252,7 +258,7 @@ class TestLock:
         with pytest.raises(RuntimeError, match="no task runs"):
             current_lock.is_held()
 
-    def test_eager_runs_lock_when_told_to(self, app: Celery) -> None:
+    def test_eager_runs_lock_when_told_to(self, app: Any) -> None:
         """`etcd_lock_eager` locks them; a task that calls itself, or another, calls a function."""
         app.conf.etcd_lock_eager = True
         seen = []
