@@ -139,8 +139,8 @@ def _run(task: SingletonTask, request: Context, waits: Waits, held: HeldLock, bo
             raise put_back(task, request, waits, error, countdown=0.0) from error
         raise
     if lost and on_lost != "warn":
-        error = LockLost(lost)
-        raise put_back(task, request, waits, error, countdown=0.0) if again else error
+        unsaid = LockLost(lost)
+        raise put_back(task, request, waits, unsaid, countdown=0.0) if again else unsaid
     return result
 
 

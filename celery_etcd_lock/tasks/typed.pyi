@@ -4,8 +4,6 @@ The function's own parameters stay on the task's ``__call__``, ``delay``, ``s`` 
 exist is an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
@@ -20,7 +18,6 @@ from celery_etcd_lock.tasks.current import TaskLock
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
-
 
 class Options(TypedDict, total=False):
     """Those of `SingletonTask`, and those of ``@app.task``."""
@@ -70,7 +67,6 @@ class Options(TypedDict, total=False):
     before_start: Callable[..., Any]
     after_return: Callable[..., Any]
 
-
 class SingletonTaskOf(Protocol[P, R_co]):
     """A singleton task made from a function of these parameters and this result."""
 
@@ -101,18 +97,15 @@ class SingletonTaskOf(Protocol[P, R_co]):
         self, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ..., **options: Any
     ) -> AsyncResult[R_co]: ...
 
-
 class Decorator(Protocol):
     """``@singleton_task(…)`` without ``bind``."""
 
     def __call__(self, function: Callable[P, R], /) -> SingletonTaskOf[P, R]: ...
 
-
 class BoundDecorator(Protocol):
     """``@singleton_task(bind=True, …)``: the function's first parameter is the task."""
 
     def __call__(self, function: Callable[Concatenate[Any, P], R], /) -> SingletonTaskOf[P, R]: ...
-
 
 class SingletonTaskDecorator(Protocol):
     """`singleton_task` itself."""

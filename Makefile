@@ -1,0 +1,53 @@
+# make help says what there is. Needs Python 3.10 or later with pip, and nothing else: the rest goes into
+# .venv (Python packages) and .tools (a redis-server, where there is none).
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+bin := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test coverage check format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## the promises, shown in under a minute: etcd, a broker, two workers, a kill -9
+	@$(bin)/python -m example_project.demo $(ARGS)
+
+test: $(VENV)/.test ## all tests, on a real etcd, a real broker and real workers; ARGS="-k mutex -x" go to pytest
+	@$(bin)/python -m pytest $(ARGS)
+
+coverage: $(VENV)/.test ## the tests once more, with the lines and branches they miss
+	@rm -f .coverage .coverage.*
+	@$(bin)/coverage run -m pytest $(ARGS)
+	@$(bin)/coverage combine --quiet
+	@$(bin)/coverage report
+
+check: $(VENV)/.dev ## ruff, mypy and the import contracts
+	@$(bin)/ruff check
+	@$(bin)/ruff format --check
+	@$(bin)/mypy
+	@$(bin)/lint-imports --no-logo --no-cache
+
+format: $(VENV)/.dev ## put the code into ruff's form
+	@$(bin)/ruff format --quiet
+	@$(bin)/ruff check --fix --quiet
+
+clean: ## remove what make made
+	@rm -rf $(VENV) .tools .demo build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One virtualenv; .demo, .test and .dev in it say which of the package's extras it holds. (Debian's Python has no
+# ensurepip unless python3-venv is there: then pip puts a pip into it.)
+$(VENV)/bin/python:
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+	  || { rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) \
+	       && $(PYTHON) -m pip -qq --disable-pip-version-check --python $(VENV)/bin/python install pip; } \
+	  || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	@echo "installing the package with its extra '$*' into $(VENV)"
+	@$(bin)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
+	@touch $@

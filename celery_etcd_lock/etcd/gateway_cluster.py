@@ -1,0 +1,221 @@
+"""Which member of the cluster a request goes to, for how long, and as whom: rotation, log-in, forks.
+
+A request goes to the endpoint that worked last. When that does not answer within its share of the time, the
+next one is asked, and so on round and round until the time is used up; a round in which nobody was there at
+all, or everybody said the same definite no, ends it at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias, TypeVar
+from weakref import WeakSet
+
+from celery_etcd_lock.etcd.api import TLS
+from celery_etcd_lock.etcd.gateway_codec import Json, NoAnswer, TokenRefused, dump, judge
+from celery_etcd_lock.etcd.gateway_http import Endpoint, checked_url, tls_context
+from celery_etcd_lock.exceptions import (
+    AuthRejected,
+    Compacted,
+    ConfigError,
+    EtcdRejected,
+    EtcdUnavailable,
+    LeaseNotFound,
+    NoSpace,
+)
+
+__all__ = ["Attempt", "Cluster"]
+
+_HEADERS: Mapping[str, str] = {
+    "Content-Type": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": "celery-etcd-lock",
+    # a member that has lost its leader says so, instead of letting us wait
+    "Grpc-Metadata-hasleader": "true",
+}
+
+T = TypeVar("T")
+Attempt: TypeAlias = Callable[[Endpoint, Mapping[str, str], float], T]
+"""Something to try on an endpoint, with headers, within a number of seconds; it raises `NoAnswer` to go on."""
+
+
+class Cluster:
+    """The members at `urls`, shared by threads and left alone by forks. Opens no socket by itself.
+
+    `timeout` is what a request without one of its own may take, in seconds. `ConfigError` for what cannot be
+    meant.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], timeout: float, username: str | None, password: str | None, tls: TLS | None
+    ) -> None:
+        if isinstance(urls, str):
+            raise ConfigError("etcd endpoints are a list of URLs, not one text")
+        if not urls:
+            raise ConfigError("no etcd endpoint is given: write one like http://127.0.0.1:2379")
+        if timeout <= 0:
+            raise ConfigError(f"the etcd timeout is {timeout!r}, and must be more than 0 seconds")
+        if (username is None) != (password is None):
+            raise ConfigError("etcd's user name and password go together: set both, or none")
+        checked = list(dict.fromkeys(map(checked_url, urls)))
+        plain = [url for url in checked if url.startswith("http://")]
+        if tls and plain:
+            raise ConfigError(f"TLS is set, and the etcd endpoint {plain[0]} is without: write https://")
+        context = tls_context(tls or TLS()) if len(plain) < len(checked) else None
+        self.timeout = timeout
+        self.closed = False
+        self.requests = 0
+        self.endpoints = [Endpoint(url, context) for url in checked]
+        self._username = username
+        self._password = password
+        self._headers: Mapping[str, str] | None = _HEADERS if username is None else None
+        self._start()
+        _clusters.add(self)
+
+    def _start(self) -> None:
+        self._counting = threading.RLock()  # a signal's handler may send while the main thread counts
+        self._logging_in = threading.Lock()
+        self._current = random.randrange(len(self.endpoints))
+
+    def after_fork(self) -> None:
+        """In the child: connections and locks are the parent's, and made anew."""
+        self._start()
+        for endpoint in self.endpoints:
+            endpoint.after_fork()
+
+    def close(self) -> None:
+        self.closed = True
+        for endpoint in self.endpoints:
+            endpoint.close()
+
+    def count_request(self) -> None:
+        with self._counting:
+            self.requests += 1
+
+    def posting(self, path: str, body: str) -> Attempt[Json]:
+        """The attempt that sends `body` and returns what comes back."""
+
+        def post(endpoint: Endpoint, headers: Mapping[str, str], timeout: float) -> Json:
+            self.count_request()
+            status, answer = endpoint.post(path, body, headers, timeout)
+            return judge(endpoint.url, status, answer)
+
+        return post
+
+    def everywhere(self, attempt: Attempt[T], timeout: float | None = None) -> tuple[T, bool]:
+        """`attempt`, on one endpoint after the other, with headers and a timeout, until it returns.
+
+        Its result, and whether an attempt before it is without an answer. `EtcdUnavailable` after `timeout`
+        seconds; what `attempt` raises, unless it is `NoAnswer`.
+        """
+        total = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + total
+        share = total / (len(self.endpoints) + 1)
+        failures: dict[Endpoint, NoAnswer] = {}
+        unanswered = False
+        for number in itertools.count(1):
+            current = self._current
+            endpoint = self.endpoints[current]
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                return self.on_one(endpoint, attempt, min(share, left)), unanswered
+            except NoAnswer as failure:
+                failures[endpoint] = failure
+                unanswered = unanswered or failure.sent
+            except EtcdRejected as error:
+                # a late first attempt may fare better than the one that was refused; not if the lease is gone
+                if unanswered and not isinstance(error, LeaseNotFound | Compacted):
+                    raise EtcdUnavailable(str(error), True) from error
+                raise
+            except NoSpace as error:
+                raise NoSpace(str(error), unanswered) from error
+            if self._current == current:
+                self._current = (current + 1) % len(self.endpoints)
+            if number % len(self.endpoints) == 0:
+                if len(failures) == len(self.endpoints) and all(each.hopeless for each in failures.values()):
+                    break
+                time.sleep(max(0.0, min(random.uniform(0.02, 0.1), deadline - time.monotonic())))
+        raise self.nobody(failures, total, unanswered)
+
+    def on_one(self, endpoint: Endpoint, attempt: Attempt[T], timeout: float) -> T:
+        """`attempt` on one endpoint; once more, with a new token, if etcd does not like the one we have."""
+        deadline = time.monotonic() + timeout
+        if self.closed:
+            raise EtcdUnavailable("the connection to etcd was closed")
+        headers = self._headers or self._log_in(endpoint, None, deadline)
+        try:
+            return attempt(endpoint, headers, timeout)
+        except TokenRefused as error:
+            if self._username is None:
+                raise AuthRejected(f"{endpoint.url}: {error}; set etcd's user name and password", error.code) from error
+        except NoAnswer as failure:
+            if failure.silent:
+                endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")
+            if failure.hung_up and headers is not _HEADERS and self._headers is headers:
+                self._headers = None  # some versions have no better answer to an old token
+            raise
+        try:
+            headers = self._log_in(endpoint, headers, deadline)
+            return attempt(endpoint, headers, max(0.001, deadline - time.monotonic()))
+        except TokenRefused as error:
+            raise AuthRejected(f"{endpoint.url}: {error}, even after logging in again", error.code) from error
+
+    def nobody(self, failures: Mapping[Endpoint, NoAnswer], total: float, unanswered: bool) -> Exception:
+        """What to raise after these `failures`, within `total` seconds."""
+        verdicts = [failure.verdict for failure in failures.values() if failure.verdict]
+        if verdicts and len(verdicts) == len(failures) and not unanswered:
+            return verdicts[-1]
+        what = "; ".join(f"{endpoint.url}: {failure.why}" for endpoint, failure in failures.items())
+        if failures and all(failure.refused for failure in failures.values()):
+            return EtcdUnavailable(f"no etcd there: {what}", unanswered)
+        return EtcdUnavailable(f"no etcd member answered within {total:g} s: {what or 'no time was left'}", unanswered)
+
+    # -- who we are
+
+    def _log_in(self, endpoint: Endpoint, refused: Mapping[str, str] | None, deadline: float) -> Mapping[str, str]:
+        """Headers with a token other than in `refused`: somebody else's new one, or ours. One log-in at a time."""
+        if not self._logging_in.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise NoAnswer("another thread's log-in takes too long")
+        try:
+            if self._headers is not None and self._headers is not refused:
+                return self._headers
+            self._headers = self._with_token(endpoint, max(0.001, deadline - time.monotonic()))
+            return self._headers
+        finally:
+            self._logging_in.release()
+
+    def _with_token(self, endpoint: Endpoint, timeout: float) -> Mapping[str, str]:
+        body = dump({"name": self._username, "password": self._password})
+        try:
+            reply = self.posting("/v3/auth/authenticate", body)(endpoint, _HEADERS, timeout)
+        except NoAnswer as failure:
+            if failure.silent:
+                endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")
+            raise NoAnswer(f"log-in: {failure.why}", refused=failure.refused, verdict=failure.verdict) from failure
+        except EtcdRejected as error:
+            if "authentication is not enabled" in str(error):
+                return dict(_HEADERS)
+            if "authentication failed" in str(error):
+                raise AuthRejected(
+                    f"{endpoint.url} does not accept user {self._username!r} with this password", error.code
+                ) from error
+            raise AuthRejected(f"{endpoint.url}: {error}", error.code) from error
+        return {**_HEADERS, "Authorization": str(reply.get("token", ""))}
+
+
+_clusters: WeakSet[Cluster] = WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for cluster in list(_clusters):
+        cluster.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,309 @@
+"""One etcd member's URL as sockets: a pool for requests, and a connection of its own for each stream.
+
+All that can go wrong on a connection comes out as `NoAnswer`, which knows whether the request can have
+reached anybody: connecting is a step of its own, and what fails before it is done was not sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import queue
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from celery_etcd_lock.etcd.api import TLS
+from celery_etcd_lock.etcd.gateway_codec import NoAnswer, judge
+from celery_etcd_lock.exceptions import AuthRejected, ConfigError, EtcdRejected
+
+__all__ = ["Endpoint", "Stream", "checked_url", "tls_context"]
+
+_IDLE_CONNECTIONS = 128
+"""Kept for the next request; more may be open at once."""
+
+_ONCE = urllib3.Retry(False, redirect=False)
+
+_TLS_ALERT = "\x15\x03"
+
+_KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+]
+
+
+def checked_url(url: str) -> str:
+    """`url` without a slash at its end; `ConfigError` unless it is http(s)://HOST[:PORT]."""
+    example = "write it like http://127.0.0.1:2379"
+    if "://" not in url:
+        shown = url.rpartition("@")[2]
+        raise ConfigError(f"the etcd endpoint {shown!r} has no scheme: write http://{shown} or https://{shown}")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigError(f"the etcd endpoint {url.rpartition('@')[2]!r} is no URL ({error}): {example}") from None
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if "@" in parts.netloc:
+        raise ConfigError(
+            f"the etcd endpoint {shown} was given with a user or password inside the URL, where Celery would show "
+            "them: write the URL without, and set user name and password by themselves"
+        )
+    if parts.scheme not in {"http", "https"}:
+        raise ConfigError(f"the etcd endpoint {shown} has a scheme that is neither http nor https: {example}")
+    if not parts.hostname:
+        raise ConfigError(f"the etcd endpoint {shown} names no host: {example}")
+    if parts.path not in {"", "/"} or parts.query or parts.fragment:
+        raise ConfigError(f"the etcd endpoint {shown} has something behind host and port: {example}")
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def tls_context(tls: TLS) -> ssl.SSLContext:
+    """Made from the files of `tls`; `ConfigError` if one cannot be used."""
+    if tls.keyfile and not tls.certfile:
+        raise ConfigError(f"TLS has a keyfile ({tls.keyfile}) without a certfile: set both")
+    try:
+        context = ssl.create_default_context(cafile=tls.ca_certs)
+    except OSError as error:
+        raise ConfigError(f"TLS: the ca_certs file {tls.ca_certs} cannot be used: {error}") from error
+    if tls.certfile:
+        try:
+            context.load_cert_chain(tls.certfile, tls.keyfile, password=lambda: "")
+        except OSError as error:
+            both = f"{tls.certfile} and keyfile {tls.keyfile}" if tls.keyfile else tls.certfile
+            raise ConfigError(
+                f"TLS: the certfile {both} cannot be used: {error} (a key with a pass phrase is not supported)"
+            ) from error
+    if tls.cert_reqs == "none":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class _NotConnectedError(Exception):
+    """Its cause says why. Not an OSError, so that urllib3 lets it through as it is."""
+
+
+class _Connection(HTTPConnection):
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except Exception as error:
+            raise _NotConnectedError from error
+
+
+class _TLSConnection(HTTPSConnection):
+    def connect(self) -> None:
+        """As urllib3's own, but for the checks, which are `ssl`'s alone: 1.26 knows no context that checks an IP."""
+        assert self.ssl_context
+        try:
+            plain = self._new_conn()
+            try:
+                self.sock = self.ssl_context.wrap_socket(plain, server_hostname=self.host)
+            except BaseException:
+                plain.close()
+                raise
+        except Exception as error:
+            raise _NotConnectedError from error
+        self.is_verified = True  # or not, because the user said so: no warning at every request
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TLSPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TLSConnection
+
+
+class Endpoint:
+    """The member at `url`; shared by threads."""
+
+    def __init__(self, url: str, context: ssl.SSLContext | None) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname
+        self.url = url
+        self.host = parts.hostname
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.context = context if parts.scheme == "https" else None
+        self.streams: set[Stream] = set()
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> urllib3.HTTPConnectionPool:
+        socket_options = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
+        if self.context:
+            return _TLSPool(
+                self.host,
+                self.port,
+                maxsize=_IDLE_CONNECTIONS,
+                ssl_context=self.context,
+                socket_options=socket_options,
+            )
+        return _Pool(self.host, self.port, maxsize=_IDLE_CONNECTIONS, socket_options=socket_options)
+
+    def post(self, path: str, body: str, headers: Mapping[str, str], timeout: float) -> tuple[int, bytes]:
+        """Status and body of the answer; `NoAnswer` if there is none within `timeout` seconds."""
+        try:
+            response = self._pool.urlopen(
+                "POST",
+                path,
+                body=body,
+                headers=headers,
+                retries=_ONCE,
+                redirect=False,
+                assert_same_host=False,
+                timeout=urllib3.Timeout(total=timeout),
+            )
+        except _NotConnectedError as error:
+            raise self.failure(error.__cause__, sent=False) from error.__cause__
+        except urllib3.exceptions.ClosedPoolError as error:
+            raise NoAnswer("closed") from error
+        except urllib3.exceptions.HTTPError as error:
+            raise self.failure(error, sent=True) from error
+        return response.status, response.data
+
+    def failure(self, error: BaseException | None, *, sent: bool) -> NoAnswer:
+        """What `error`, from a connection to this member, means. `sent`: it came after connecting."""
+        root = _root(error)
+        if isinstance(root, ssl.SSLError) and not isinstance(root, ssl.SSLEOFError):
+            return self._tls_failure(root, sent)
+        if isinstance(root, TimeoutError):
+            return NoAnswer("no answer" if sent else "no connection in time", sent=sent, silent=True)
+        if not sent and isinstance(root, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError):
+            return NoAnswer("the TLS handshake broke off (if it always does: is it http there?)", silent=True)
+        if not sent:
+            why = (getattr(root, "strerror", None) or str(root or error)).lower()
+            return NoAnswer(why, silent=True, refused=True)
+        if isinstance(root, http.client.BadStatusLine) and not isinstance(root, OSError):
+            if str(root).startswith(_TLS_ALERT):
+                return self._verdict("it speaks TLS: write https://")
+            return NoAnswer("an answer that is not HTTP; is this etcd's client URL?", sent=True, silent=True)
+        hint = "does it ask for a client certificate?" if self.context else "is it https there?"
+        why = f"connection closed without an answer (if always: {hint})"
+        return NoAnswer(why, sent=True, silent=True, hung_up=True)
+
+    def _tls_failure(self, error: ssl.SSLError, sent: bool) -> NoAnswer:
+        reason = error.reason or str(error)
+        if isinstance(error, ssl.SSLCertVerificationError):
+            why = f"its TLS certificate cannot be trusted ({error.verify_message}): check ca_certs and the host name"
+        elif "alert" in str(error).lower():
+            why = f"it refuses our side of TLS ({reason}): check certfile and keyfile"
+        elif sent:
+            return NoAnswer(f"the TLS connection broke ({reason})", sent=True, silent=True)
+        else:
+            return self._verdict(f"it does not speak TLS ({reason}): is it http there?")
+        return NoAnswer(why, verdict=AuthRejected(f"{self.url}: {why}", 16))
+
+    def _verdict(self, why: str) -> NoAnswer:
+        return NoAnswer(why, verdict=EtcdRejected(f"{self.url}: {why}", 12))
+
+    def drop_streams(self, why: str) -> None:
+        """End every stream from this member, because it no longer answers."""
+        for stream in list(self.streams):
+            stream.shutdown(why)
+
+    def close(self) -> None:
+        self._pool.close()
+        self.drop_streams("closed")
+
+    def after_fork(self) -> None:
+        """In the child: leave the parent's connections alone, and start over.
+
+        The copies of the descriptors are closed, no more: no TLS farewell, no shutdown, and no lock that
+        another thread may have held at the fork.
+        """
+        left: queue.LifoQueue[HTTPConnection | None] | None = self._pool.pool
+        if left is not None:
+            idle = [connection for connection in left.queue if connection]
+            queue.LifoQueue.__init__(left, left.maxsize)  # urllib3 empties it once more when the pool is collected
+            for connection in idle:
+                _close_descriptor(connection.sock)
+        for stream in self.streams:
+            stream.after_fork()
+        self.streams = set()
+        self._pool = self._new_pool()
+
+
+class Stream:
+    """A request whose answer goes on: lines of JSON, read in one thread, ended from any by `shutdown`."""
+
+    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
+        """Connect; `NoAnswer` if that fails."""
+        self.url = endpoint.url
+        self.why = ""
+        self._endpoint = endpoint
+        self._connection = (
+            http.client.HTTPSConnection(endpoint.host, endpoint.port, timeout=timeout, context=endpoint.context)
+            if endpoint.context
+            else http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=timeout)
+        )
+        try:
+            self._connection.connect()
+            self._socket: socket.socket = self._connection.sock
+            for option in _KEEPALIVE:
+                self._socket.setsockopt(*option)
+        except OSError as error:
+            self._connection.close()
+            raise endpoint.failure(error, sent=False) from error
+        self._response: http.client.HTTPResponse | None = None
+        endpoint.streams.add(self)
+
+    def lines(self, path: str, body: str, headers: Mapping[str, str]) -> Iterator[bytes]:
+        """Send the request, and yield each message. `NoAnswer` when it ends; there is no other end.
+
+        The first message must come within the timeout, later ones may take their time.
+        """
+        try:
+            self._connection.request("POST", path, body, dict(headers))
+            self._response = response = self._connection.getresponse()
+            if response.status != http.client.OK:
+                judge(self._endpoint.url, response.status, response.read())
+            buffer = b""
+            while chunk := response.read1(65_536):
+                *messages, buffer = (buffer + chunk).split(b"\n")
+                if messages:
+                    self._socket.settimeout(None)
+                yield from filter(None, messages)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if self.why:
+                raise NoAnswer(self.why) from error
+            raise self._endpoint.failure(error, sent=True) from error
+        raise NoAnswer(self.why or "the stream ended")
+
+    def shutdown(self, why: str) -> None:
+        """End a `lines` that waits, at once, with `why`. Leaves the closing to its thread."""
+        self.why = self.why or why
+        with contextlib.suppress(OSError):
+            # Not SSLSocket's own: that takes TLS away from under a thread that reads.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Not while another thread is in `lines`."""
+        self._endpoint.streams.discard(self)
+        if self._response is not None:
+            self._response.close()
+        self._connection.close()
+
+    def after_fork(self) -> None:
+        self.why = "it belongs to the process that was forked"
+        _close_descriptor(self._socket)
+
+
+def _close_descriptor(sock: socket.socket | None) -> None:
+    descriptor = sock.detach() if sock is not None else -1
+    if descriptor >= 0:
+        os.close(descriptor)
+
+
+def _root(error: BaseException | None) -> BaseException | None:
+    """The error of the system, of TLS or of HTTP inside what urllib3 made of it."""
+    while error is not None and not isinstance(error, OSError | http.client.HTTPException):
+        inside = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
+        error = inside or error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,1 @@
+"""Projects that use celery-etcd-lock."""

@@ -1,0 +1,1 @@
+"""The promises, shown on this machine: ``python -m example_project.demo``, or ``make demo``."""

