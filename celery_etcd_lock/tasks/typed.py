@@ -4,20 +4,25 @@ The function's own parameters stay on the task's ``__call__``, ``delay``, ``s`` 
 exist is an error.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, overload
 
 from celery import Celery, Task
 from celery.canvas import Signature
 from celery.result import AsyncResult, EagerResult
-from typing_extensions import TypedDict, Unpack
 
 from celery_etcd_lock.tasks.conflict import Conflict
 from celery_etcd_lock.tasks.current import TaskLock
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # type checkers bring it; typing has it from Python 3.11 on
+
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
+
 
 class Options(TypedDict, total=False):
     """Those of `SingletonTask`, and those of ``@app.task``."""
@@ -67,6 +72,7 @@ class Options(TypedDict, total=False):
     before_start: Callable[..., Any]
     after_return: Callable[..., Any]
 
+
 class SingletonTaskOf(Protocol[P, R_co]):
     """A singleton task made from a function of these parameters and this result."""
 
@@ -97,15 +103,18 @@ class SingletonTaskOf(Protocol[P, R_co]):
         self, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ..., **options: Any
     ) -> AsyncResult[R_co]: ...
 
+
 class Decorator(Protocol):
     """``@singleton_task(…)`` without ``bind``."""
 
     def __call__(self, function: Callable[P, R], /) -> SingletonTaskOf[P, R]: ...
 
+
 class BoundDecorator(Protocol):
     """``@singleton_task(bind=True, …)``: the function's first parameter is the task."""
 
     def __call__(self, function: Callable[Concatenate[Any, P], R], /) -> SingletonTaskOf[P, R]: ...
+
 
 class SingletonTaskDecorator(Protocol):
     """`singleton_task` itself."""
