@@ -20,7 +20,7 @@ test: $(VENV)/.test ## all tests, on a real etcd, a real broker and real workers
 
 coverage: $(VENV)/.test ## the tests once more, with the lines and branches they miss
 	@rm -f .coverage .coverage.*
-	@$(bin)/coverage run -m pytest $(ARGS)
+	@COVERAGE_FILE=$(CURDIR)/.coverage $(bin)/coverage run -m pytest $(ARGS)
 	@$(bin)/coverage combine --quiet
 	@$(bin)/coverage report
 

@@ -21,9 +21,15 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
         try:
-            Settings.from_app(parent.app)
+            settings = Settings.from_app(parent.app)
         except ConfigError as error:
             raise click.ClickException(str(error)) from error
+        forks = getattr(parent.pool_cls, "__module__", "").endswith("prefork")
+        if forks and any(url.startswith("memory://") for url in settings.endpoints):
+            raise click.ClickException(
+                "etcd_lock_endpoints is memory://, which the processes of a prefork pool do not share: nothing "
+                "would be locked. Give it a real etcd, or start the worker with -P solo or -P threads"
+            )
 
 
 def _add_step(sender: Any = None, **_kwargs: Any) -> None:

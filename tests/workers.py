@@ -18,6 +18,9 @@ from typing import Any
 from celery import Celery
 from celery.result import AsyncResult
 
+from celery_etcd_lock.etcd import connect
+from celery_etcd_lock.etcd.api import Range
+
 __all__ = ["Project", "Run", "Worker", "overlaps", "until"]
 
 _HERE = Path(__file__).parent
@@ -147,6 +150,14 @@ class Project:
                     entry["at"], entry["ended"],
                 )  # fmt: skip
         return sorted(runs.values(), key=lambda run: run.started)
+
+    def etcd_revision(self) -> int:
+        """Where etcd's history has come to."""
+        transport = connect(self.etcd_url)
+        try:
+            return transport.range(Range("/", limit=1)).header.revision
+        finally:
+            transport.close()
 
     def close(self) -> None:
         for worker in self.workers:

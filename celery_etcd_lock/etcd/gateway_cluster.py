@@ -127,7 +127,8 @@ class Cluster:
             try:
                 return self.on_one(endpoint, attempt, min(share, left)), unanswered
             except NoAnswer as failure:
-                failures[endpoint] = failure
+                if left >= share or endpoint not in failures:  # what a last glance did not see says little
+                    failures[endpoint] = failure
                 unanswered = unanswered or failure.sent
             except EtcdRejected as error:
                 # a late first attempt may fare better than the one that was refused; not if the lease is gone

@@ -21,7 +21,7 @@ from celery_etcd_lock.exceptions import (
 )
 from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
-from celery_etcd_lock.tasks.current import Unheld, set_lock
+from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
 from celery_etcd_lock.tasks.putback import Waits, countdown_ceiling, put_back
 from celery_etcd_lock.tasks.runtime import Runtime
 
@@ -46,6 +46,8 @@ def run_alone(
     runtime = Runtime.of(task.app)
     name = task.lock_name(args, kwargs)
     waits = Waits.of(request)
+    if runtime.settings.enabled == "observe":
+        return _observe(runtime, name, task, request, body)
     policy = task.conflict_policy()
     try:
         held = _take(runtime, name, policy, task, request, waits)
@@ -59,10 +61,31 @@ def run_alone(
     return _run(task, request, waits, held, body)
 
 
+def _observe(runtime: Runtime, name: str, task: SingletonTask, request: Context, body: Callable[[], Any]) -> Any:
+    """Run `body` whatever happens, under the lock if it is free; say what locking would have prevented."""
+    held: HeldLock | None = None
+    try:
+        held = runtime.acquire(name, blocking=False, timeout=None, describe=_description(task, request))
+        set_lock(request, held)
+    except EtcdLockError as error:
+        set_lock(request, Unlocked(name))
+        would = f"meet its on_conflict, {task.conflict_policy()!r}" if isinstance(error, LockContended) else "not lock"
+        logger.warning("etcd_lock.observed: %s[%s] would %s: %s", task.name, request.id, would, error)
+    try:
+        return body()
+    finally:
+        if held is not None:
+            _give_back(task, request, held)
+
+
+def _description(task: SingletonTask, request: Context) -> dict[str, str | int]:
+    return {"task": task.name, "task_id": str(request.id), "retries": request.retries or 0}
+
+
 def _take(
     runtime: Runtime, name: str, policy: conflict.Conflict, task: SingletonTask, request: Context, waits: Waits
 ) -> HeldLock:
-    describe: dict[str, str | int] = {"task": task.name, "task_id": str(request.id), "retries": request.retries or 0}
+    describe = _description(task, request)
     try:
         return runtime.acquire(name, blocking=False, timeout=None, describe=describe)
     except LockContended as contended:

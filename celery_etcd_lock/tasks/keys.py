@@ -29,36 +29,26 @@ import enum
 import functools
 import hashlib
 import inspect
-import json
 import re
 import string
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import date, datetime, time
-from decimal import Decimal
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 from urllib.parse import quote
-from uuid import UUID
-
-from kombu.utils.json import JSONEncoder, object_hook
 
 from celery_etcd_lock.exceptions import ConfigError, UnstableKeyError
+from celery_etcd_lock.tasks.canonical import Unstable, canonical, code_points, encoded, type_name
 from celery_etcd_lock.tasks.conflict import nearest
 
-__all__ = ["KeyRule", "canonical", "lock_name"]
-
-Canonical: TypeAlias = "bool | int | float | str | list[Canonical] | dict[str, Canonical] | None"
+__all__ = ["KeyRule", "lock_name"]
 
 _LONGEST = 120
-_DEEPEST = 100
 _POSITIONAL, _NAMED, _EXTRAS, _NAMED_EXTRAS = (
     inspect.Parameter.POSITIONAL_ONLY,
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
     inspect.Parameter.VAR_POSITIONAL,
     inspect.Parameter.VAR_KEYWORD,
 )
-_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 _is_safe = re.compile(r"[A-Za-z0-9_.~@+=:,-]*").fullmatch
 _is_hash = re.compile(r"sha256-[0-9a-f]{64}").fullmatch
 _is_bare = re.compile(
@@ -95,134 +85,6 @@ def _prefix(namespace: str, task: str | None) -> str:
 
 def _encoded(text: str) -> str:
     return text if _is_safe(text) else quote(text, safe="@+=:,", errors="surrogatepass")
-
-
-# -- values
-
-
-class _Unstable(Exception):
-    """`value` has no stable form; `path` leads to it from the argument."""
-
-    def __init__(self, value: object, why: str = "", instead: str = "") -> None:
-        super().__init__(value, why, instead)
-        self.value = value
-        self.why = f" and {why}" if why else ""
-        self.instead = instead or _instead(value)
-        self.path = ""
-
-
-def canonical(value: object, _depth: int = 0) -> Canonical:
-    """Plain JSON for `value`: the same for equal values, different for others.
-
-    What JSON does not have is a dict with a key in ``$``; such a key in a dict of the caller's gets one more.
-    """
-    if value is None or value is True or value is False:
-        return value
-    if isinstance(value, str):
-        return _code_points(str.__str__(value))
-    if isinstance(value, int):
-        number = int.__int__(value)
-        # Python refuses to write larger ones in decimal, from a limit on that can be set as low as 640 digits.
-        return number if number.bit_length() <= 2000 else {"$int": f"{number:x}"}
-    if isinstance(value, float):
-        return float.__float__(value)
-    if _depth > _DEEPEST:
-        raise _Unstable(value, "contains itself, or is nested too deeply", "Pass an id instead")
-    _depth += 1
-    if isinstance(value, (list, tuple)):
-        return [_at(f"[{i}]", item, _depth) for i, item in enumerate(value)]
-    if isinstance(value, dict):
-        return _members(value, _depth)
-    kind = type(value)
-    if kind in (datetime, date, time):
-        return value.isoformat()  # type: ignore[attr-defined,no-any-return]
-    if kind in (UUID, Decimal):
-        return str(value)
-    if kind in (bytes, bytearray, memoryview):
-        return {"$bytes": b64encode(bytes(value)).decode()}  # type: ignore[call-overload]
-    return _by_serializer(value, _depth)
-
-
-def _by_serializer(value: object, depth: int) -> Canonical:
-    """What Celery's own JSON makes of a type that is not plain; what Celery cannot carry, by its meaning."""
-    try:
-        encoded = JSONEncoder().default(value)
-    except (TypeError, ValueError):
-        return _by_meaning(value, depth)
-    if not _is_envelope(encoded):
-        return canonical(encoded, depth)
-    decoded = _opened(encoded)
-    if decoded is encoded or type(decoded) is type(value):
-        payload = canonical(encoded["__value__"], depth)
-        return {"$type": canonical(encoded["__type__"], depth), "$value": payload}
-    return canonical(decoded, depth)
-
-
-def _by_meaning(value: object, depth: int) -> Canonical:
-    if isinstance(value, enum.Enum):
-        return canonical(value.value, depth)
-    if isinstance(value, (set, frozenset)):
-        return {"$set": sorted((_at("{…}", item, depth) for item in value), key=_json)}
-    if isinstance(value, type):
-        raise _Unstable(value)
-    if callable(dump := getattr(value, "model_dump", None)):
-        try:
-            return canonical(dump(mode="json"), depth)
-        except (TypeError, ValueError) as error:
-            raise _Unstable(value, f"cannot be dumped: {error}") from error
-    if dataclasses.is_dataclass(value):
-        return {each.name: _at(f".{each.name}", getattr(value, each.name), depth) for each in dataclasses.fields(value)}
-    raise _Unstable(value)
-
-
-def _members(members: dict[Any, Any], depth: int) -> Canonical:
-    if _is_envelope(members) and (opened := _opened(members)) is not members:
-        return canonical(opened, depth)
-    result: dict[str, Canonical] = {}
-    for key, value in members.items():
-        plain = canonical(key, depth)
-        if isinstance(plain, (list, dict)):
-            raise _Unstable(key, "is the key of a dict", "Use strings as keys")
-        name = plain if isinstance(plain, str) else _json(plain)
-        name = "$" + name if name.startswith("$") else name
-        if name in result:
-            raise _Unstable(members, f"has several keys that are {_short(name)} in JSON", "Use strings as keys")
-        result[name] = _at(f"[{_short(name)}]", value, depth)
-    return result
-
-
-def _at(step: str, value: object, depth: int) -> Canonical:
-    try:
-        return canonical(value, depth)
-    except _Unstable as error:
-        error.path = step + error.path
-        raise
-
-
-def _is_envelope(value: object) -> bool:
-    return isinstance(value, dict) and value.keys() == {"__type__", "__value__"}
-
-
-def _opened(envelope: dict[str, Any]) -> object:
-    """What the worker gets for a dict that looks like one of Celery's own envelopes; itself if it is none."""
-    with suppress(Exception):
-        return object_hook(envelope)
-    return envelope
-
-
-def _code_points(text: str) -> str:
-    """JSON makes one character of a surrogate pair, and so do we."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return str(json.loads(json.dumps(text)))
-    return text
-
-
-def _short(name: str) -> str:
-    return json.dumps(name if len(name) <= 40 else name[:39] + "…", ensure_ascii=False)
 
 
 # -- keys
@@ -317,14 +179,14 @@ class KeyRule:
 
     def _text(self, where: str, value: object) -> str:
         try:
-            return _json(canonical(value))
-        except _Unstable as error:
+            return encoded(canonical(value))
+        except Unstable as error:
             raise self._unstable(where, error) from error.__cause__
 
-    def _unstable(self, where: str, error: _Unstable) -> UnstableKeyError:
+    def _unstable(self, where: str, error: Unstable) -> UnstableKeyError:
         path = error.path if len(error.path) <= _LONGEST else error.path[:15] + "…"
         return UnstableKeyError(
-            f"task {self.task}: {where}{path} is of type {_type_name(error.value)}{error.why}: no stable key for "
+            f"task {self.task}: {where}{path} is of type {type_name(error.value)}{error.why}: no stable key for "
             f"a lock can be made of it. {error.instead}, or name the parameters that count with unique_on=[...], or "
             'write the key yourself with lock_key="..."'
         )
@@ -336,14 +198,14 @@ class KeyRule:
             text, tells = (
                 self._formatted(arguments) if isinstance(self.lock_key, str) else (self._called(arguments), True)
             )
-        except _Unstable as error:
+        except Unstable as error:
             raise self._unstable("what lock_key gives", error) from error.__cause__
         mark, body = ("/", text[1:]) if text.startswith("/") else ("", text)
         if not body:
             raise UnstableKeyError(
                 f"task {self.task}: lock_key gives {text!r} for this call: a lock's key cannot be empty"
             )
-        return mark + _fitting(_code_points(body), body, hide=hide and tells)
+        return mark + _fitting(code_points(body), body, hide=hide and tells)
 
     def _formatted(self, arguments: Mapping[str, Any]) -> tuple[str, bool]:
         assert isinstance(self.lock_key, str)
@@ -351,7 +213,7 @@ class KeyRule:
         named = {**arguments.get(self._named_extras or "", {}), **arguments}
         try:
             text = fields.vformat(self.lock_key, (), named)
-        except _Unstable as error:
+        except Unstable as error:
             raise self._unstable(f"lock_key={self.lock_key!r}: {fields.last}", error) from error.__cause__
         except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise UnstableKeyError(
@@ -367,7 +229,7 @@ class KeyRule:
         if result is None:
             raise UnstableKeyError(f"task {self.task}: lock_key gives None for this call: let it return a string")
         plain = canonical(result)
-        return plain if isinstance(plain, str) else _json(plain)
+        return plain if isinstance(plain, str) else encoded(plain)
 
     def _spread(self, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         """By name where that is possible: a `lock_key` with its parameters in another order is not misled."""
@@ -400,7 +262,7 @@ class KeyRule:
                 f"write unique_on={self.lock_key!r}" if isinstance(self.lock_key, (list, tuple)) else "write a string"
             )
             self._refuse(
-                f"lock_key is of type {_type_name(self.lock_key)}: {hint}, or a function of the task's parameters"
+                f"lock_key is of type {type_name(self.lock_key)}: {hint}, or a function of the task's parameters"
             )
 
     def _check_name(self, name: str, option: str) -> None:
@@ -470,14 +332,14 @@ class _Fields(string.Formatter):
             return _no_address(value, format(value, format_spec))
         try:
             plain = canonical(value)
-        except _Unstable:
+        except Unstable:
             return _no_address(value, str(value))
-        return plain if isinstance(plain, str) else _json(plain)
+        return plain if isinstance(plain, str) else encoded(plain)
 
 
 def _no_address(value: object, text: str) -> str:
     if not isinstance(value, str) and _has_address(text):
-        raise _Unstable(value)
+        raise Unstable(value)
     return text
 
 
@@ -494,10 +356,10 @@ def _joined(texts: Mapping[str, str], *, hide: bool) -> str:
         return "-"
     pairs = sorted(texts.items())
     readable = ",".join(
-        f"{name if name.lstrip('*').isidentifier() or name == '*' else _json(name)}={_unquoted(text)}"
+        f"{name if name.lstrip('*').isidentifier() or name == '*' else encoded(name)}={_unquoted(text)}"
         for name, text in pairs
     )
-    return _fitting(readable, "{" + ",".join(f"{_json(name)}:{text}" for name, text in pairs) + "}", hide=hide)
+    return _fitting(readable, "{" + ",".join(f"{encoded(name)}:{text}" for name, text in pairs) + "}", hide=hide)
 
 
 def _unquoted(text: str) -> str:
@@ -514,7 +376,7 @@ def _names(task: str, unique_on: object) -> frozenset[str]:
     names = [unique_on] if isinstance(unique_on, str) else unique_on
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
         hint = "a function goes to lock_key=" if callable(unique_on) else "write a parameter's name, or a list of them"
-        raise ConfigError(f"task {task}: unique_on is of type {_type_name(unique_on)}: {hint}")
+        raise ConfigError(f"task {task}: unique_on is of type {type_name(unique_on)}: {hint}")
     if not any(names):
         raise ConfigError(f'task {task}: unique_on is empty: for one lock for the whole task write lock_key="all"')
     return frozenset(names)
@@ -523,30 +385,9 @@ def _names(task: str, unique_on: object) -> frozenset[str]:
 def _default_texts(parameters: Iterable[inspect.Parameter]) -> Iterator[tuple[str, str]]:
     for each in parameters:
         if each.default is not inspect.Parameter.empty:
-            with suppress(_Unstable):
-                yield each.name, _json(canonical(each.default))
+            with suppress(Unstable):
+                yield each.name, encoded(canonical(each.default))
 
 
 def _parameters(signature: inspect.Signature) -> str:
     return f"({', '.join(signature.parameters)})"
-
-
-def _type_name(value: object) -> str:
-    kind = type(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _instead(value: object) -> str:
-    """What to pass, for things that people do pass."""
-    kind = type(value)
-    if hasattr(kind, "_meta") and hasattr(kind, "pk"):
-        return "Pass its primary key (.pk)"
-    if hasattr(kind, "dtype"):
-        return "Pass a plain number or list (.tolist())"
-    if callable(value):
-        return "Pass its name"
-    if hasattr(kind, "read") or hasattr(kind, "__fspath__"):
-        return "Pass its path, as a string"
-    if isinstance(value, Iterable):
-        return "Pass a list"
-    return "Pass an id instead"

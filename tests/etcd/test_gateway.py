@@ -642,7 +642,8 @@ class Certificates:
         self.folder = folder
         folder.mkdir()
         self.ca = str(folder / "ca.crt")
-        self._openssl("req", "-x509", *self._new_key("ca"), "-days", "2", "-subj", f"/CN={name}", "-out", "ca.crt")
+        usage = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]  # Python 3.13 insists on it
+        self._openssl("req", "-x509", *self._new_key("ca"), *usage, "-subj", f"/CN={name}", "-out", "ca.crt")
 
     def _openssl(self, *args: str) -> None:
         subprocess.run(["openssl", *args], cwd=self.folder, check=True, capture_output=True)
@@ -652,7 +653,9 @@ class Certificates:
 
     def signed(self, name: str, subject: str, hosts: str = "IP:127.0.0.1") -> tuple[str, str]:
         """Certificate and key, as paths."""
-        (self.folder / "extensions").write_text(f"subjectAltName={hosts}\nextendedKeyUsage=serverAuth,clientAuth\n")
+        (self.folder / "extensions").write_text(
+            f"subjectAltName={hosts}\nextendedKeyUsage=serverAuth,clientAuth\nauthorityKeyIdentifier=keyid\n"
+        )
         self._openssl("req", *self._new_key(name), "-subj", subject, "-out", f"{name}.csr")
         signer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "extensions"]
         self._openssl("x509", "-req", "-in", f"{name}.csr", *signer, "-out", f"{name}.crt")

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from kombu.utils import json as kombu_json
 
 from celery_etcd_lock.exceptions import ConfigError, UnstableKeyError
-from celery_etcd_lock.tasks.keys import KeyRule, canonical, lock_name
+from celery_etcd_lock.tasks.canonical import canonical
+from celery_etcd_lock.tasks.keys import KeyRule, lock_name
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -86,6 +86,7 @@ def test_losers_of_fail_say_who_holds_it_and_since_when(running: Project) -> Non
 def test_waiting_runs_in_the_order_of_queueing(new_project: NewProject, locked: bool) -> None:
     """With `wait` the runs come one at a time, in the order in which their contenders were created."""
     running = worker_with(new_project, locked=locked)
+    began = running.etcd_revision()
     results = [running.send("waiting", number, 0.2) for number in range(12)]
     for result in results:
         result.get(timeout=120)
@@ -93,11 +94,11 @@ def test_waiting_runs_in_the_order_of_queueing(new_project: NewProject, locked: 
     assert len(runs) == 12
     assert (overlaps(runs) == []) is locked
     if locked:
-        positions = queued_at(running, runs)
+        positions = queued_at(running, runs, began)
         assert positions == sorted(positions)
 
 
-def queued_at(project_: Project, runs: list[Run]) -> list[int]:
+def queued_at(project_: Project, runs: list[Run], since: int) -> list[int]:
     """The create revision of the contender of each run, in the order of the runs, from etcd's own history."""
     from celery_etcd_lock.etcd import connect
     from celery_etcd_lock.etcd.api import Watch, prefix_end
@@ -105,7 +106,7 @@ def queued_at(project_: Project, runs: list[Run]) -> list[int]:
 
     prefix = f"/{project_.queue}/locks/waiting/"
     transport = connect(project_.etcd_url)
-    stream = transport.watch(Watch(prefix, prefix_end(prefix), start_revision=1))
+    stream = transport.watch(Watch(prefix, prefix_end(prefix), start_revision=since + 1))
     created: dict[str, int] = {}
     deleted = 0
     for reply in stream:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Range, Watch, prefix_end
-from tests.workers import Project, until
+from tests.workers import Project, overlaps, until
 
 NewProject = Callable[..., Project]
 
@@ -50,6 +50,28 @@ def test_a_stopped_worker_leaves_nothing_behind(new_project: NewProject) -> None
     assert worker.stop(signal.SIGTERM) == 0
     until(lambda: not transport.range(everything).kvs, "the end of the leases", seconds=20)
     transport.close()
+
+
+def test_observing_prevents_nothing_and_says_what_it_would_have(new_project: NewProject) -> None:
+    """With `etcd_lock_enabled="observe"` all bodies run, and the log tells which would have met another."""
+    project = new_project(etcd_lock_enabled="observe")
+    worker = project.worker("-P", "prefork", "-c", "2")
+    first = project.send("failing", 0, 3.0)
+    until(lambda: project.runs("failing"), "the first start")
+    second = project.send("failing", 1)
+    assert [second.get(timeout=60), first.get(timeout=60)] == [1, 0]
+    assert len(overlaps(project.runs("failing"))) == 1
+    assert worker.output.count("etcd_lock.observed") == 1
+    assert f"failing[{second.id}] would meet its on_conflict, Conflict.fail()" in worker.output
+    assert first.id in worker.output.split("etcd_lock.observed")[1].splitlines()[0], "the holder"
+
+
+def test_a_store_in_memory_is_refused_under_prefork(new_project: NewProject) -> None:
+    """Processes do not share it, so it would exclude nobody: the worker does not start."""
+    worker = new_project("memory://").worker("-P", "prefork", "-c", "1", ready=False)
+    assert worker.process.wait(60) != 0
+    assert "memory://" in worker.output
+    assert "-P solo" in worker.output
 
 
 def test_a_misspelt_setting_stops_the_worker_with_one_clean_line(new_project: NewProject) -> None:
