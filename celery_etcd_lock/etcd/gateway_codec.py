@@ -222,13 +222,13 @@ def txn_in(reply: Json, header: Header) -> TxnReply:
 
 
 def lease_in(reply: Json, header: Header) -> LeaseReply:
-    return LeaseReply(header, int(reply["ID"]), max(0, int(reply.get("TTL", 0))))
+    return LeaseReply(header, int(reply.get("ID", 0)), max(0, int(reply.get("TTL", 0))))
 
 
 def lease_keys_in(reply: Json, header: Header) -> LeaseKeys:
     ttl = int(reply.get("TTL", 0))
     keys = tuple(map(text_in, reply.get("keys", ())))
-    return LeaseKeys(header, int(reply["ID"]), ttl, int(reply.get("grantedTTL", 0)), keys)
+    return LeaseKeys(header, int(reply.get("ID", 0)), ttl, int(reply.get("grantedTTL", 0)), keys)
 
 
 def status_in(reply: Json, endpoint: str) -> Status:
