@@ -94,6 +94,7 @@ class Session:
         self._closed = False
         self._owns_transport = False
         self._failing = False
+        self._hurried = False
 
         sent = clock()
         granted = transport.lease_grant(ttl)
@@ -242,8 +243,9 @@ class Session:
                 logger.exception("etcd_lock.keep_failed")
                 pause = 0.5
             with self._changed:
-                if not self._lost.is_set():
+                if not (self._hurried or self._lost.is_set()):
                     self._changed.wait(pause)
+                self._hurried = False
 
     def keep(self) -> float:
         """Do what is due: renew, finish removals, check the keys. Returns the seconds until the next is."""
@@ -265,6 +267,7 @@ class Session:
     def hurry(self) -> None:
         """Let the background do what is due now, not at its next round."""
         with self._changed:
+            self._hurried = True
             self._changed.notify_all()
 
     def _renew(self) -> bool:
