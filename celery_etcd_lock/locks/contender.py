@@ -52,7 +52,7 @@ class Contender:
         self.kind: Kind = kind
         self.key = key
         self.nonce = nonce
-        self.thread = threading.get_ident()
+        self.thread = threading.current_thread()
         """Which took the name; any may give it back."""
         self.create_revision = 0
         """0: not known to exist."""
@@ -117,7 +117,7 @@ class Contenders:
         with self._lock:
             others = [each for each in self._by_key.values() if each.name == contender.name and each is not contender]
             held = [each for each in others if not each.lost and each not in self._unfinished]
-            return any(each.thread == contender.thread for each in held)
+            return any(each.thread is contender.thread for each in held)
 
     def on_lost(self, contender: Contender, callback: Callable[[str], None]) -> None:
         """Call `callback` with the reason once `contender` is lost; at once if it is already."""

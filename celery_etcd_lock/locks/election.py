@@ -127,6 +127,9 @@ class Leadership(HeldLock):
         """Give it up, for the next candidate to lead. As `release`, which it is."""
         return self.release()
 
+    def __enter__(self) -> Leadership:
+        return self
+
 
 class Observation:
     """The leader there is, and then each new one, and each new value: iterate it in one thread, close it from any.

@@ -87,12 +87,12 @@ def _take(
 ) -> HeldLock:
     describe = _description(task, request)
     try:
-        return runtime.acquire(name, blocking=False, timeout=None, describe=describe)
+        return runtime.acquire(name, task._mode, blocking=False, timeout=None, describe=describe)
     except LockContended as contended:
         action = _decide(policy, contended, request, waits, task)
         if not isinstance(action, conflict.WaitInPlace):
             raise
-        return runtime.acquire(name, blocking=True, timeout=action.timeout, describe=describe)
+        return runtime.acquire(name, task._mode, blocking=True, timeout=action.timeout, describe=describe)
 
 
 def _decide(
