@@ -1,18 +1,21 @@
-"""Taking a lock: join the queue, wait behind the nearest contender that keeps us out, be sure, go in.
+"""Taking a lock: join the queue, wait behind those who keep us out, be sure, go in.
 
 One request takes a lock that is free. All that is sent is conditional on the session's epoch, so whatever
-comes late does nothing; a key that is there already is ours only if it carries the nonce of this very acquire.
+comes late does nothing; a key that is there already is ours only if it holds what this very acquire puts, a
+nonce in it, on our lease, under a name that is given out once at a time.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import chain
 
-from celery_etcd_lock.etcd.api import Compare, KeyValue, Operation, Put, Range, Txn, TxnReply, created_at
+from celery_etcd_lock.etcd.api import Compare, KeyValue, Operation, Put, Range, RangeReply, Txn, TxnReply, created_at
 from celery_etcd_lock.exceptions import EtcdUnavailable, LeaseNotFound, LockContended, LockLost, LockTimeout
 from celery_etcd_lock.locks import queue
 from celery_etcd_lock.locks.contender import Contender
@@ -21,6 +24,8 @@ from celery_etcd_lock.locks.session import Session
 
 __all__ = ["acquire"]
 
+logger = logging.getLogger(__name__)
+
 _PAUSE = 0.2
 """Seconds between two looks while etcd does not answer."""
 
@@ -28,19 +33,25 @@ _PAUSE = 0.2
 def acquire(
     session: Session,
     name: str,
+    mode: queue.Mode = queue.EXCLUSIVE,
     *,
     blocking: bool = True,
     timeout: float | None = None,
     describe: Mapping[str, str | int] | None = None,
+    value: bytes | None = None,
 ) -> HeldLock:
-    """Take the exclusive lock `name`. `describe` is added to what the contender says of itself in etcd.
+    """Take the lock `name` in `mode`. `describe` is added to what the contender says of itself in etcd.
 
-    Not `blocking`: `LockContended` at once if it is not free, and no trace of the attempt is left. Else it waits
-    its turn, for `timeout` seconds (None: for ever): `LockTimeout`. `LockLost` if the session is lost meanwhile,
-    `EtcdUnavailable` if etcd does not answer the first request.
+    Not `blocking`: `LockContended` at once if it cannot be had, and no trace of the attempt is left. Else it waits
+    its turn, for `timeout` seconds (None: for ever): `LockTimeout`. Both name one who keeps us out. `LockLost` if
+    the session is lost meanwhile, `EtcdUnavailable` if etcd does not answer the first request. Whatever exception
+    ends it, one of a signal's handler among them, the contender goes.
+
+    With a ``task_id`` in `describe` it also excludes every other contender that says the same. `value` is put as it
+    is, instead of a description (an election's).
     """
     session.assert_trusted()
-    attempt = _Attempt(session, session.contenders.take(name, queue.EXCLUSIVE, secrets.token_hex(6)), describe)
+    attempt = _Attempt(session, session.contenders.take(name, mode.kind, secrets.token_hex(6)), mode, describe, value)
     try:
         held = attempt.run(blocking, timeout)
         # The reply may have been long under way: what counts is that the lease is trusted now.
@@ -56,33 +67,40 @@ def acquire(
 
 
 class _Attempt:
-    def __init__(self, session: Session, contender: Contender, describe: Mapping[str, str | int] | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        contender: Contender,
+        mode: queue.Mode,
+        describe: Mapping[str, str | int] | None,
+        value: bytes | None,
+    ) -> None:
         self.session = session
         self.contender = contender
         self.name = contender.name
-        self.put = Put(
-            contender.key,
-            queue.value_of(
+        self.mode = mode
+        self.task_id = str((describe or {}).get("task_id", ""))
+        if value is None:
+            value = queue.value_of(
                 host=session.host,
                 pid=session.pid,
                 since=datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
                 nonce=contender.nonce,
                 extra=describe,
-            ),
-            session.lease,
-        )
+            )
+        self.put = Put(contender.key, value, session.lease)
 
     def run(self, blocking: bool, timeout: float | None) -> HeldLock:
         until = None if timeout is None else time.monotonic() + timeout
         held = self.join() if blocking else self.take()
         return held if held is not None else self.wait(until)
 
-    def send(self, compare: Compare, success: Sequence[Operation], failure: Sequence[Operation]) -> TxnReply:
+    def send(self, compare: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation]) -> TxnReply:
         """Send what may create our key, in the session's epoch; keep account of what is not answered."""
         doubt, epoch = self.contender.unanswered, self.session.epoch
         self.contender.unanswered = True  # until the answer is here, whatever interrupts us
         own_key = self.session.key
-        request = Txn([compare, Compare(own_key, "mod", "==", epoch)], success, [Range(own_key), *failure])
+        request = Txn([*compare, Compare(own_key, "mod", "==", epoch)], success, [Range(own_key), *failure])
         try:
             reply = self.session.txn(request)
         except LeaseNotFound:
@@ -97,46 +115,63 @@ class _Attempt:
         return reply
 
     def take(self) -> HeldLock:
-        """One request: the lock if nobody is in the queue, and no trace otherwise."""
-        asked = [queue.first(self.name), Range(self.contender.key)]
+        """One request: the lock if nobody keeps us out, and no trace otherwise. (For a slot two, if others are in.)"""
+        seen = 0
         while True:
-            reply = self.send(queue.nobody(self.name), [self.put], asked)
-            if reply.succeeded:
-                return self.held(reply.header.revision, reply.header.revision)
-            first, mine = reply.range(1).kvs, reply.range(2).kvs
-            if mine and self.adopt(mine[0]) and first[0].key == mine[0].key:
-                return self.held(mine[0].create_revision, reply.header.revision)
-            if first:
-                raise self.contended(LockContended, first)
-            # Only the epoch was another: once more, in the new one.
-
-    def join(self) -> HeldLock | None:
-        """One request: stand in the queue, and hold the lock if nobody is ahead."""
-        while True:
-            join = (self.put, queue.nearest_ahead(self.name, limit=2))
-            reply = self.send(created_at(self.contender.key, 0), join, [Range(self.contender.key)])
+            free = [created_at(self.contender.key, 0), *self.mode.free(self.name, seen)]
+            found = [Range(self.contender.key), *self.mode.first(self.name, self.task_id)]
+            reply = self.send(free, [self.put, *self.mode.twins(self.name, self.task_id)], found)
             if reply.succeeded:
                 created = self.contender.create_revision = reply.header.revision
-                return self.held(created, created) if len(reply.range(1).kvs) == 1 else None
-            mine = reply.range(1).kvs
-            if mine and self.adopt(mine[0]):
-                return None
-            if mine:
-                # Somebody put a key under a name of ours: wait behind it, under another.
-                self.contender = self.session.contenders.take_another(self.contender)
-                self.put = Put(self.contender.key, self.put.value, self.put.lease)
+                queued = _contenders(reply, 1)
+            else:
+                mine, queued = reply.range(1).kvs, _contenders(reply, 2)
+                created = self.adopt(mine)
+            if self.keeping_out(queued):
+                raise self.contended(LockContended, queued)
+            if created:
+                return self.held(created, reply.header.revision)
+            # Only the epoch was another, or a slot is free as of this revision: once more.
+            seen = reply.header.revision
 
-    def adopt(self, kv: KeyValue) -> bool:
-        """Whether `kv` was made by an earlier try of this very acquire that got no answer."""
-        if queue.describe(kv).nonce != self.contender.nonce:
-            return False
-        self.contender.create_revision = kv.create_revision
-        return True
+    def join(self) -> HeldLock | None:
+        """One request: stand in the queue, and hold the lock if nobody ahead keeps us out."""
+        while True:
+            join: list[Operation] = [self.put, *self.mode.ahead(self.name, 0, self.task_id)]
+            reply = self.send([created_at(self.contender.key, 0)], join, [Range(self.contender.key)])
+            if reply.succeeded:
+                created = self.contender.create_revision = reply.header.revision
+                return None if self.keeping_out(_contenders(reply, 1)) else self.held(created, created)
+            if self.adopt(reply.range(1).kvs):
+                return None
+
+    def adopt(self, mine: Sequence[KeyValue]) -> int:
+        """The create revision of our key, if it was made by an earlier try of this very acquire; else 0."""
+        if not mine:
+            return 0
+        (kv,) = mine
+        if (kv.value, kv.lease) == (self.put.value, self.put.lease):
+            self.contender.create_revision = kv.create_revision
+            return kv.create_revision
+        # Somebody put a key under a name of ours: queue behind it, under another.
+        self.contender = self.session.contenders.take_another(self.contender)
+        self.put = Put(self.contender.key, self.put.value, self.put.lease)
+        return 0
+
+    def keeping_out(self, queued: Iterable[KeyValue]) -> tuple[KeyValue, ...]:
+        """Those of `queued` that we have to wait for; our own key and later ones do not count."""
+        return queue.keeping_out(self.mode, self.name, self.ahead(queued), self.task_id)
+
+    def ahead(self, queued: Iterable[KeyValue]) -> list[KeyValue]:
+        created = self.contender.create_revision
+        return [kv for kv in queued if not created or kv.create_revision < created]
 
     def wait(self, until: float | None) -> HeldLock:
-        """Until nobody is ahead. Every look asks for our own key, too: it may be gone."""
+        """Until nobody keeps us out. Every look asks for our own key, too: it may be gone."""
         woken = threading.Event()
         self.session.contenders.on_lost(self.contender, lambda _reason: woken.set())
+        if until is None and self.session.contenders.waits_for_own_thread(self.contender):
+            logger.warning("etcd_lock.waits_for_itself: %s is wanted by a thread that is in it already", self.name)
         while True:
             self.session.assert_trusted()
             woken.clear()
@@ -145,27 +180,27 @@ class _Attempt:
             except EtcdUnavailable:
                 self.pause(woken, until, _PAUSE)
                 continue
-            if ahead is None:
+            if not ahead:
                 return self.held(self.contender.create_revision, revision)
             # As a watch may sit on a member that is cut off, look again once per TTL all the same.
-            if self.session.contenders.behind(ahead.key, woken):
+            with (
+                self.session.contenders.listening([each.key for each in ahead], woken) as others,
+                self.session.wakeups.watching(self.name, others, revision + 1, woken),
+            ):
                 self.pause(woken, until, self.session.ttl)
-            else:
-                with self.session.wakeups.watching(self.name, ahead.key, revision + 1, woken):
-                    self.pause(woken, until, self.session.ttl)
 
-    def look(self) -> tuple[KeyValue | None, int]:
-        """Who is right ahead of us (None: nobody), and the revision of which that is true."""
+    def look(self) -> tuple[tuple[KeyValue, ...], int]:
+        """Who keeps us out (empty: nobody), and the revision of which that is true."""
         created = self.contender.create_revision
-        reply = self.session.txn(Txn([], [Range(self.contender.key), queue.nearest_ahead(self.name, created)]))
+        queued = self.mode.ahead(self.name, created, self.task_id)
+        reply = self.session.txn(Txn([], [Range(self.contender.key, keys_only=True), *queued]))
         revision = reply.header.revision
         if revision < created:
             raise EtcdUnavailable("an etcd member answered that has not seen our own key yet")
         mine = reply.range(0).kvs
         if not mine or mine[0].create_revision != created:
             raise LockLost(f"{self.name}: our key {self.contender.key} was deleted while we waited")
-        ahead = reply.range(1).kvs
-        return (ahead[0] if ahead else None), revision
+        return self.keeping_out(_contenders(reply, 1)), revision
 
     def pause(self, woken: threading.Event, until: float | None, longest: float) -> None:
         """Wait to be woken. `LockTimeout` once the time is over."""
@@ -174,17 +209,17 @@ class _Attempt:
             return
         left = until - time.monotonic()
         if left <= 0:
-            raise self.contended(LockTimeout, self.holders())
+            raise self.contended(LockTimeout, self.first())
         woken.wait(min(left, longest))
 
-    def holders(self) -> tuple[KeyValue, ...]:
+    def first(self) -> list[KeyValue]:
         try:
-            return self.session.transport.range(queue.first(self.name)).kvs
+            return _contenders(self.session.txn(Txn([], self.mode.first(self.name, self.task_id))), 0)
         except EtcdUnavailable:
-            return ()
+            return []
 
-    def contended(self, error: type[LockContended], holders: tuple[KeyValue, ...]) -> LockContended:
-        who = queue.describe(holders[0]) if holders else queue.Description("")
+    def contended(self, error: type[LockContended], queued: Iterable[KeyValue]) -> LockContended:
+        who = queue.blamed(self.mode, self.name, self.ahead(queued), self.task_id)
         contended = error(self.name, who.holder, who.since)
         contended.task_id = who.task_id
         return contended
@@ -192,3 +227,9 @@ class _Attempt:
     def held(self, create_revision: int, fencing_token: int) -> HeldLock:
         self.contender.create_revision = create_revision
         return HeldLock(self.session, self.contender, fencing_token)
+
+
+def _contenders(reply: TxnReply, since: int) -> list[KeyValue]:
+    """What the ranges from number `since` on found."""
+    ranges = (response for response in reply.responses[since:] if isinstance(response, RangeReply))
+    return list(chain.from_iterable(found.kvs for found in ranges))

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from celery_etcd_lock.etcd.api import Delete, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LeaseNotFound, NoSpace
-from celery_etcd_lock.locks.queue import EXCLUSIVE, contender_key, is_contender
+from celery_etcd_lock.locks.queue import Kind, contender_key, is_contender
 
 if TYPE_CHECKING:
     from celery_etcd_lock.locks.session import Session
@@ -32,12 +33,27 @@ Removal: TypeAlias = Literal["released", "lost", "unanswered"]
 class Contender:
     """The state of one key. Only `Contenders` and the acquire that made it change it."""
 
-    __slots__ = ("create_revision", "gone", "key", "listeners", "lost", "name", "nonce", "on_lost", "unanswered")
+    __slots__ = (
+        "create_revision",
+        "gone",
+        "key",
+        "kind",
+        "listeners",
+        "lost",
+        "name",
+        "nonce",
+        "on_lost",
+        "thread",
+        "unanswered",
+    )
 
-    def __init__(self, name: str, key: str, nonce: str) -> None:
+    def __init__(self, name: str, kind: Kind, key: str, nonce: str) -> None:
         self.name = name
+        self.kind: Kind = kind
         self.key = key
         self.nonce = nonce
+        self.thread = threading.current_thread()
+        """Which took the name; any may give it back."""
         self.create_revision = 0
         """0: not known to exist."""
         self.unanswered = False
@@ -47,8 +63,8 @@ class Contender:
         self.gone = False
         """Surely not in etcd any more."""
         self.on_lost: list[Callable[[str], None]] = []
-        self.listeners: list[threading.Event] = []
-        """Set when it goes away, for local contenders that wait right behind it: they need no watch."""
+        self.listeners: set[threading.Event] = set()
+        """Set when it goes away, for local contenders that wait behind it: they need no watch."""
 
 
 class Contenders:
@@ -65,13 +81,13 @@ class Contenders:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def take(self, name: str, kind: str, nonce: str) -> Contender:
+    def take(self, name: str, kind: Kind, nonce: str) -> Contender:
         """A contender for the lock `name`, under a key that no other of ours has or may still get."""
         with self._lock:
             number = 0
             while (key := contender_key(name, kind, self._session.lease, number)) in self._by_key or key in self._burnt:
                 number += 1
-            contender = self._by_key[key] = Contender(name, key, nonce)
+            contender = self._by_key[key] = Contender(name, kind, key, nonce)
             return contender
 
     def take_another(self, contender: Contender) -> Contender:
@@ -79,16 +95,29 @@ class Contenders:
         with self._lock:
             self._burnt.add(contender.key)
             self._by_key.pop(contender.key, None)
-            return self.take(contender.name, EXCLUSIVE, contender.nonce)
+            return self.take(contender.name, contender.kind, contender.nonce)
 
-    def behind(self, key: str, event: threading.Event) -> bool:
-        """Whether `key` is one of ours. If so, `event` is set when it goes away."""
+    @contextmanager
+    def listening(self, keys: Collection[str], event: threading.Event) -> Iterator[list[str]]:
+        """Set `event` when one of `keys` that is ours goes away. Gives the others: somebody has to watch those."""
         with self._lock:
-            contender = self._by_key.get(key)
-            if contender is None or contender.lost:
-                return False
-            contender.listeners.append(event)
-            return True
+            ours = [each for key in keys if (each := self._by_key.get(key)) is not None and not each.lost]
+            for contender in ours:
+                contender.listeners.add(event)
+        try:
+            local = {contender.key for contender in ours}
+            yield [key for key in keys if key not in local]
+        finally:
+            with self._lock:
+                for contender in ours:
+                    contender.listeners.discard(event)
+
+    def waits_for_own_thread(self, contender: Contender) -> bool:
+        """Whether the very thread that took `contender` has another in the same queue: it holds that."""
+        with self._lock:
+            others = [each for each in self._by_key.values() if each.name == contender.name and each is not contender]
+            held = [each for each in others if not each.lost and each not in self._unfinished]
+            return any(each.thread is contender.thread for each in held)
 
     def on_lost(self, contender: Contender, callback: Callable[[str], None]) -> None:
         """Call `callback` with the reason once `contender` is lost; at once if it is already."""

@@ -2,11 +2,17 @@
 
 A lock named ``NAME`` is the set of keys ``NAME/…``, in etcd's own recipe: everybody who wants it puts one key
 there, under a lease, and the create revisions are the order. ``etcdctl lock NAME``, the server's Lock RPC and
-Go's ``concurrency.Mutex`` do the same with ``NAME/<lease hex>``, so they stand in the same queue::
+Go's ``concurrency`` do the same with ``NAME/<lease hex>``, so they stand in the same queue::
 
     NAME/write/694d9…       ours, exclusive; the first contender of that lease
     NAME/write/694d9…-1     another thread of the same session, at the same time
+    NAME/read/694d9…        ours, shared
+    NAME/slot/694d9…        ours, one of a number
     NAME/694d9…             somebody else's, exclusive
+
+What a contender asks of those who came before it is its `Mode`: nobody (exclusive), readers only (shared), or
+slots only and fewer than N of them. Nobody overtakes, so nobody starves: a reader that finds a writer waiting
+waits behind it. In every mode two contenders with the same task id exclude each other.
 
 Everything here is pure: it says what to ask etcd and what an answer means.
 """
@@ -14,45 +20,138 @@ Everything here is pure: it says what to ask etcd and what an answer means.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Literal, TypeAlias
 
 from celery_etcd_lock.etcd.api import Compare, KeyValue, Range, prefix_end
 from celery_etcd_lock.exceptions import ConfigError
 
 __all__ = [
     "EXCLUSIVE",
+    "SHARED",
     "Description",
+    "Kind",
+    "Mode",
+    "blamed",
     "checked_name",
     "contender_key",
     "describe",
-    "first",
     "is_contender",
-    "nearest_ahead",
-    "nobody",
+    "keeping_out",
+    "kind_of",
+    "slot_of",
     "value_of",
 ]
 
-EXCLUSIVE = "write"
-_KINDS = frozenset({EXCLUSIVE, "read", "slot"})
+Kind: TypeAlias = Literal["write", "read", "slot"]
+_KINDS: frozenset[str] = frozenset({"write", "read", "slot"})
+_created = attrgetter("create_revision")
 
 
-def first(name: str) -> Range:
-    """Asks who came first: the holder, of an exclusive lock."""
-    return Range(name + "/", prefix_end(name + "/"), limit=1, sort="create")
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How a contender wants in: alone, beside other readers, or as one of `limit`. And what to ask etcd for that."""
+
+    kind: Kind
+    limit: int = 0
+    """Of a slot: how many may be in at once, itself included."""
+
+    def _outside(self, name: str) -> list[tuple[str, str]]:
+        """The ranges of keys where everybody ahead keeps it out."""
+        start, end = name + "/", prefix_end(name + "/")
+        if self.kind == "write":
+            return [(start, end)]
+        return [(start, f"{start}{self.kind}/"), (prefix_end(f"{start}{self.kind}/"), end)]
+
+    def _inside(self, name: str) -> tuple[str, str]:
+        """The range of those of its own kind."""
+        start = f"{name}/{self.kind}/"
+        return start, prefix_end(start)
+
+    def ahead(self, name: str, created: int, task_id: str) -> list[Range]:
+        """Asks for as much of what is ahead of the contender created at `created` as `keeping_out` needs.
+
+        0: of one that is the newest of all, having just been put. Its own key may be among the answers.
+        """
+        self_too = 0 if created else 1
+        limit = 1 + (self_too if self.kind == "write" else 0)
+        asked = [_newest(span, created, limit, keys_only=True) for span in self._outside(name)]
+        if self.kind == "slot":
+            asked.append(_newest(self._inside(name), created, self.limit + self_too, keys_only=not task_id))
+        return asked + self.twins(name, task_id, created)
+
+    def twins(self, name: str, task_id: str, created: int = 0) -> list[Range]:
+        """Asks for whoever might have the same task id and yet keep nobody out by its kind: the other readers."""
+        return [_newest(self._inside(name), created, 0)] if self.kind == "read" and task_id else []
+
+    def first(self, name: str, task_id: str) -> list[Range]:
+        """Asks for those who came first, as many as show whether a newcomer may go in, and who they are."""
+        asked = [Range(*span, limit=1, sort="create") for span in self._outside(name)]
+        if self.kind == "slot":
+            asked.append(Range(*self._inside(name), limit=self.limit, sort="create"))
+        return asked + self.twins(name, task_id)
+
+    def free(self, name: str, seen: int) -> list[Compare]:
+        """The condition that a newcomer may go in.
+
+        No comparison counts: for a slot it is that nobody came after revision `seen`, at which there was room.
+        """
+        if self.kind == "slot":
+            return [Compare(name + "/", "create", "<", seen + 1, range_end=prefix_end(name + "/"))]
+        return [Compare(start, "create", "==", 0, range_end=end) for start, end in self._outside(name)]
 
 
-def nearest_ahead(name: str, create_revision: int = 0, *, limit: int = 1) -> Range:
-    """Asks for the nearest contender ahead of the one created at `create_revision` (0: the newest of all)."""
+EXCLUSIVE = Mode("write")
+SHARED = Mode("read")
+
+
+def slot_of(limit: object) -> Mode:
+    """One of `limit`. `ConfigError` unless that is a whole number from 1 on."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ConfigError(f"a limit is how many may be in at once, a whole number from 1 on, not {limit!r}")
+    return Mode("slot", limit)
+
+
+def _newest(span: tuple[str, str], created: int, limit: int, *, keys_only: bool = False) -> Range:
     return Range(
-        name + "/",
-        prefix_end(name + "/"),
+        *span,
         limit=limit,
         sort="create",
         descending=True,
-        keys_only=True,
-        max_create_revision=max(0, create_revision - 1),
+        keys_only=keys_only,
+        max_create_revision=max(0, created - 1),
     )
+
+
+def kind_of(name: str, key: str) -> Kind:
+    """What the contender `key` is in the queue of `name`. Strangers are exclusive."""
+    inside = key[len(name) + 1 :]
+    return "read" if inside.startswith("read/") else "slot" if inside.startswith("slot/") else "write"
+
+
+def keeping_out(mode: Mode, name: str, ahead: Iterable[KeyValue], task_id: str = "") -> tuple[KeyValue, ...]:
+    """Whom a contender has to wait for, `ahead` being those with a lower create revision. Empty: it may go in.
+
+    While all of them are there it cannot go in; when one goes, it should look again.
+    """
+    nearest = sorted(ahead, key=_created, reverse=True)
+    for contender in nearest:
+        if mode.kind == "write" or kind_of(name, contender.key) != mode.kind:
+            return (contender,)
+    if mode.kind == "slot" and len(nearest) >= mode.limit:
+        return tuple(nearest[: mode.limit])
+    return tuple(twin for twin in nearest if task_id and describe(twin).task_id == task_id)[:1]
+
+
+def blamed(mode: Mode, name: str, found: Iterable[KeyValue], task_id: str = "") -> Description:
+    """Whom to name as the one that keeps us out: a run of the same task, else who came first of those who do."""
+    first = sorted(found, key=_created)
+    outside = [each for each in first if mode.kind == "write" or kind_of(name, each.key) != mode.kind]
+    twins = [each for each in first if task_id and describe(each).task_id == task_id]
+    named = twins or outside or (first if mode.kind == "slot" else [])
+    return describe(named[0]) if named else Description("")
 
 
 def checked_name(name: object) -> str:
@@ -64,12 +163,7 @@ def checked_name(name: object) -> str:
     return name
 
 
-def nobody(name: str) -> Compare:
-    """The condition that the queue of `name` is empty."""
-    return Compare(name + "/", "create", "==", 0, range_end=prefix_end(name + "/"))
-
-
-def contender_key(name: str, kind: str, lease: int, number: int) -> str:
+def contender_key(name: str, kind: Kind, lease: int, number: int) -> str:
     """The key of contender `number` (0 is the first) of `lease` in the queue of `name`."""
     return f"{name}/{kind}/{lease:x}" + (f"-{number}" if number else "")
 

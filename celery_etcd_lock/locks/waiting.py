@@ -1,4 +1,4 @@
-"""Waiting for a key to go away: one watch for each lock name and process, however many threads wait.
+"""Waiting for keys to go away, or to change: one watch for each lock name and process, however many threads wait.
 
 A wake-up is a hint, never a proof: whoever is woken reads its place in the queue again. So an event seen twice,
 a stream that broke or a compacted revision cost a look, not correctness.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from celery_etcd_lock.etcd.api import Transport, Watch, WatchStream, prefix_end
 from celery_etcd_lock.exceptions import Compacted, EtcdLockError
@@ -31,24 +32,38 @@ class Wakeups:
         self._watches: dict[str, _NameWatch] = {}
 
     @contextmanager
-    def watching(self, name: str, key: str, revision: int, event: threading.Event) -> Iterator[None]:
-        """Set `event` once `key`, of the lock `name`, is deleted at `revision` or later, or may have been."""
+    def watching(
+        self, name: str, keys: Sequence[str], revision: int, event: threading.Event, *, puts: bool = False
+    ) -> Iterator[None]:
+        """Set `event` once one of `keys`, of the lock `name`, is deleted at `revision` or later, or may have been.
+
+        With `puts` also when one is put. The key ``name/`` stands for all of the lock's.
+        """
+        if not keys:
+            yield
+            return
         with self._lock:
             watch = self._watches.get(name)
             if watch is None:
                 watch = self._watches[name] = _NameWatch(self._transport, self._lock, name, self._watches)
-            watch.add(key, revision, event)
+            watch.add(keys, event, _Wait(revision, puts))
         try:
             yield
         finally:
             with self._lock:
-                watch.remove(key, event)
+                watch.remove(keys, event)
 
     def wake_all(self) -> None:
         """Wake everybody: something changed that no watch tells."""
         with self._lock:
             for watch in self._watches.values():
                 watch.wake()
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    revision: int
+    puts: bool
 
 
 class _NameWatch:
@@ -61,34 +76,44 @@ class _NameWatch:
         self._transport = transport
         self._lock = lock
         self._name = name
+        self._all = name + "/"
         self._registry = registry
-        self._waiting: dict[str, dict[threading.Event, int]] = {}
+        self._waiting: dict[str, dict[threading.Event, _Wait]] = {}
         self._stream: WatchStream | None = None
-        self._covers: str | None = None
+        self._covers: Watch | None = None
+        self._told = 0
         self._changed = threading.Event()
         threading.Thread(target=self._run, name=f"etcd-lock-watch {name}", daemon=True).start()
 
-    def add(self, key: str, revision: int, event: threading.Event) -> None:
-        self._waiting.setdefault(key, {})[event] = revision
-        if self._covers is not None and self._covers not in (key, self._name + "/"):
+    def add(self, keys: Sequence[str], event: threading.Event, wait: _Wait) -> None:
+        for key in keys:
+            self._waiting.setdefault(key, {})[event] = wait
+        covers = self._covers
+        if covers is None:
+            return
+        if (covers.key != self._all and list(keys) != [covers.key]) or (wait.puts and covers.deletes_only):
             self._restart()
+        elif wait.revision < max(covers.start_revision, self._told + 1):
+            event.set()  # the stream may have told of it before anybody was there to hear
 
-    def remove(self, key: str, event: threading.Event) -> None:
-        events = self._waiting.get(key, {})
-        events.pop(event, None)
-        if not events:
-            self._waiting.pop(key, None)
+    def remove(self, keys: Sequence[str], event: threading.Event) -> None:
+        for key in keys:
+            events = self._waiting.get(key, {})
+            events.pop(event, None)
+            if not events:
+                self._waiting.pop(key, None)
         if not self._waiting:
             # Under the same lock in which a thread would find it: whoever waits next starts another.
             if self._registry.get(self._name) is self:
                 del self._registry[self._name]
             self._restart()
 
-    def wake(self, key: str | None = None) -> None:
+    def wake(self, key: str | None = None, *, put: bool = False) -> None:
         for waited, events in self._waiting.items():
-            if key is None or key == waited:
-                for event in events:
-                    event.set()
+            if key is None or waited in (key, self._all):
+                for event, wait in events.items():
+                    if wait.puts or not put:
+                        event.set()
 
     def _restart(self) -> None:
         self._changed.set()
@@ -100,15 +125,12 @@ class _NameWatch:
             self._changed.clear()
             if not self._waiting:
                 return None
-            revision = min(revision for events in self._waiting.values() for revision in events.values())
-            if len(self._waiting) == 1:
-                (key,) = self._waiting
-                request = Watch(key, start_revision=revision, deletes_only=True)
-            else:
-                key = self._name + "/"
-                request = Watch(key, prefix_end(key), start_revision=revision, deletes_only=True)
-            self._covers = key
-            self._stream = self._transport.watch(request)
+            waits = [wait for events in self._waiting.values() for wait in events.values()]
+            revision, deletes_only = min(wait.revision for wait in waits), not any(wait.puts for wait in waits)
+            key = next(iter(self._waiting)) if len(self._waiting) == 1 else self._all
+            end = prefix_end(key) if key == self._all else None
+            self._covers = Watch(key, end, start_revision=revision, deletes_only=deletes_only)
+            self._stream = self._transport.watch(self._covers)
             return self._stream
 
     def _run(self) -> None:
@@ -117,7 +139,8 @@ class _NameWatch:
                 for reply in stream:
                     with self._lock:
                         for event in reply.events:
-                            self.wake(event.kv.key)
+                            self._told = max(self._told, event.kv.mod_revision)
+                            self.wake(event.kv.key, put=event.kind == "put")
                 continue  # closed by us
             except Compacted:
                 with self._lock:

@@ -65,7 +65,8 @@ def _observe(runtime: Runtime, name: str, task: SingletonTask, request: Context,
     """Run `body` whatever happens, under the lock if it is free; say what locking would have prevented."""
     held: HeldLock | None = None
     try:
-        held = runtime.acquire(name, blocking=False, timeout=None, describe=_description(task, request))
+        describe = _description(task, request)
+        held = runtime.acquire(name, task._mode, blocking=False, timeout=None, describe=describe)
         set_lock(request, held)
     except EtcdLockError as error:
         set_lock(request, Unlocked(name))
@@ -87,12 +88,12 @@ def _take(
 ) -> HeldLock:
     describe = _description(task, request)
     try:
-        return runtime.acquire(name, blocking=False, timeout=None, describe=describe)
+        return runtime.acquire(name, task._mode, blocking=False, timeout=None, describe=describe)
     except LockContended as contended:
         action = _decide(policy, contended, request, waits, task)
         if not isinstance(action, conflict.WaitInPlace):
             raise
-        return runtime.acquire(name, blocking=True, timeout=action.timeout, describe=describe)
+        return runtime.acquire(name, task._mode, blocking=True, timeout=action.timeout, describe=describe)
 
 
 def _decide(

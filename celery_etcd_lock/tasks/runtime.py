@@ -19,6 +19,7 @@ from celery import signals
 
 from celery_etcd_lock.exceptions import LockLost
 from celery_etcd_lock.locks.acquire import acquire
+from celery_etcd_lock.locks.queue import Mode
 from celery_etcd_lock.locks.session import Session
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.outage import Outage
@@ -69,16 +70,16 @@ class Runtime:
             return self._session
 
     def acquire(
-        self, name: str, *, blocking: bool, timeout: float | None, describe: Mapping[str, str | int]
+        self, name: str, mode: Mode, *, blocking: bool, timeout: float | None, describe: Mapping[str, str | int]
     ) -> HeldLock:
         """As `locks.acquire`; a session that turns out to be lost is replaced once."""
         session = self.session()
         try:
-            return acquire(session, name, blocking=blocking, timeout=timeout, describe=describe)
+            return acquire(session, name, mode, blocking=blocking, timeout=timeout, describe=describe)
         except LockLost:
             if not session.lost:
                 raise
-        return acquire(self.session(), name, blocking=blocking, timeout=timeout, describe=describe)
+        return acquire(self.session(), name, mode, blocking=blocking, timeout=timeout, describe=describe)
 
     def close(self) -> None:
         """End the session, and give back all that hangs on it. The next `session` opens another."""

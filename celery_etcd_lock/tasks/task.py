@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from celery import Task
 
 from celery_etcd_lock.exceptions import ConfigError, LockContended
+from celery_etcd_lock.locks.queue import EXCLUSIVE, SHARED, Mode, slot_of
 from celery_etcd_lock.settings import ON_LOST, ON_UNAVAILABLE, Settings
 from celery_etcd_lock.tasks.conflict import Coalesce, Conflict, nearest
 from celery_etcd_lock.tasks.current import TaskLock, has_lock, lock_of
@@ -29,10 +30,9 @@ __all__ = ["SingletonTask"]
 
 logger = logging.getLogger("celery_etcd_lock")
 
-OPTIONS = ("unique_on", "lock_key", "on_conflict", "on_lost", "on_unavailable")
-_LATER = frozenset(
-    {"unique_queued", "on_duplicate", "lock_mode", "lock_limit", "lock_at_least_for", "lock_at_most_for"}
-)
+OPTIONS = ("unique_on", "lock_key", "lock_mode", "lock_limit", "on_conflict", "on_lost", "on_unavailable")
+_LATER = frozenset({"unique_queued", "on_duplicate", "lock_at_least_for", "lock_at_most_for"})
+_MODES = {"exclusive": EXCLUSIVE, "shared": SHARED}
 _CELERYS = frozenset(dir(Task))
 _INSTEAD = {
     "lock_expiry": "etcd_lock_ttl on the app: one lease serves the whole process, and is renewed while the body runs",
@@ -47,6 +47,8 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
 
     ``unique_on``       the parameter, or list of parameters, that make two calls the same. Default: all.
     ``lock_key``        instead: a format string, a constant, or a callable with the task's own parameters.
+    ``lock_mode``       ``"exclusive"`` (default), or ``"shared"``: beside other shared ones, never beside an exclusive.
+    ``lock_limit``      instead: at most so many at once, of those that take the same lock.
     ``on_conflict``     what to do when somebody else holds the lock: `Conflict` or its name.
     ``on_lost``         when it is lost while the body runs: ``"abort"``, ``"retry"``, ``"warn"``.
     ``on_unavailable``  when etcd does not answer: ``"retry"``, ``"fail"``, ``"run"``.
@@ -59,11 +61,14 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
 
     unique_on: str | Sequence[str] | None = None
     lock_key: str | Callable[..., object] | None = None
+    lock_mode: str | None = None
+    lock_limit: int | None = None
     on_conflict: Conflict | str | None = None
     on_lost: str | None = None
     on_unavailable: str | None = None
 
     _key_rule: ClassVar[KeyRule | None] = None
+    _mode: ClassVar[Mode] = EXCLUSIVE
 
     @property
     def lock(self) -> TaskLock:
@@ -121,12 +126,22 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         def refuse(what: str) -> NoReturn:
             raise ConfigError(f"task {cls.name}: {what}")
 
-        for option, allowed in (("on_lost", ON_LOST), ("on_unavailable", ON_UNAVAILABLE)):
+        for option, allowed in (
+            ("on_lost", ON_LOST), ("on_unavailable", ON_UNAVAILABLE), ("lock_mode", tuple(_MODES)),
+        ):  # fmt: skip
             value = getattr(cls, option)
             if value is not None and value not in allowed:
                 near = nearest(str(value), allowed)
                 hint = f" (perhaps {near!r}?)" if near else ""
                 refuse(f"{option}={value!r}: write one of {', '.join(map(repr, allowed))}{hint}")
+        if cls.lock_mode is not None and cls.lock_limit is not None:
+            refuse("lock_mode and lock_limit exclude each other: a limit is a mode of its own, write only one")
+        cls._mode = _MODES[cls.lock_mode or "exclusive"]
+        if cls.lock_limit is not None:
+            try:
+                cls._mode = slot_of(cls.lock_limit)
+            except ConfigError as error:
+                refuse(f"lock_limit: {error}")
         if cls.on_conflict is not None:
             try:
                 cls.on_conflict = Conflict.parse(cls.on_conflict)

@@ -29,6 +29,8 @@ class Options(TypedDict, total=False):
 
     unique_on: str | Sequence[str]
     lock_key: str | Callable[..., object]
+    lock_mode: Literal["exclusive", "shared"]
+    lock_limit: int
     on_conflict: Conflict | Literal["retry", "skip", "wait", "fail"]
     on_lost: Literal["abort", "retry", "warn"]
     on_unavailable: Literal["retry", "fail", "run"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from celery_etcd_lock.etcd.api import Range, prefix_end
-from celery_etcd_lock.locks import Mutex, Session
+from celery_etcd_lock.locks import Election, Mutex, RWLock, Semaphore, Session
 from celery_etcd_lock.locks.queue import contender_key, is_contender
 
 
@@ -39,3 +39,18 @@ def test_what_is_in_etcd_while_a_lock_is_held(open_session: Callable[..., Sessio
     assert re.fullmatch(r"[0-9a-f]{12}", value["nonce"])
     assert re.fullmatch(rf"/celery/sessions/[0-9a-f]{{8}}/{os.getpid()}-{session.lease:x}", own.key)
     assert list(json.loads(own.value)) == ["host", "pid", "start"]
+
+
+def test_the_folders_of_the_other_kinds(open_session: Callable[..., Session], prefix: str) -> None:
+    """Readers and slots have folders of their own; a candidate is where a writer is, its value as proclaimed."""
+    session = open_session()
+    lease = f"{session.lease:x}"
+    with RWLock(session, prefix + "a").read() as one, RWLock(session, prefix + "a").read() as two:
+        assert (one.key, two.key) == (f"{prefix}a/read/{lease}", f"{prefix}a/read/{lease}-1")
+    with RWLock(session, prefix + "a").write() as writer:
+        assert writer.key == f"{prefix}a/write/{lease}"
+    with Semaphore(session, prefix + "a", limit=2) as slot:
+        assert slot.key == f"{prefix}a/slot/{lease}"
+    with Election(session, prefix + "a").campaign("host-1") as leadership:
+        assert leadership.key == f"{prefix}a/write/{lease}"
+        assert session.transport.range(Range(leadership.key)).kvs[0].value == b"host-1"

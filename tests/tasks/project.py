@@ -60,7 +60,7 @@ def work(self: Any, number: int, seconds: float = 0.05, key: str = "k") -> int:
 
 
 def define(name: str, **options: Any) -> Any:
-    return app.task(base=SingletonTask, bind=True, name=name, unique_on="key", **options)(work)
+    return app.task(base=SingletonTask, bind=True, name=name, **{"unique_on": "key", **options})(work)
 
 
 retrying = define("retrying", on_conflict=Conflict.retry(backoff=0.05, backoff_max=0.5))
@@ -72,6 +72,16 @@ unavailable_fails = define("unavailable_fails", on_unavailable="fail")
 unavailable_runs = define("unavailable_runs", on_unavailable="run")
 lost_retries = define("lost_retries", on_lost="retry", on_conflict=Conflict.retry(countdown=0.2))
 lost_warns = define("lost_warns", on_lost="warn")
+
+_soon = Conflict.retry(backoff=0.05, backoff_max=0.3)
+shared = {"unique_on": None, "lock_key": "/catalog/{key}"}
+reading = define("reading", **shared, lock_mode="shared", on_conflict=_soon)
+writing = define("writing", **shared, on_conflict=_soon)
+reading_in_turn = define("reading_in_turn", **shared, lock_mode="shared", on_conflict=Conflict.wait(timeout=60))
+writing_in_turn = define("writing_in_turn", **shared, on_conflict=Conflict.wait(timeout=60))
+limited = define("limited", lock_limit=2, on_conflict=_soon)
+limited_in_turn = define("limited_in_turn", lock_limit=2, on_conflict=Conflict.wait(timeout=60))
+limited_fails = define("limited_fails", lock_limit=2, on_conflict="fail")
 
 
 @singleton_task(bind=True, app=app, name="decorated", on_conflict="skip", unique_on=["key"])

@@ -191,7 +191,12 @@ class TestOptions:
             ({"on_lost": "abourt"}, "abort"),
             ({"on_unavailable": print}, "on_unavailable"),
             ({"unique_queued": "until_start"}, "not in this version"),
-            ({"lock_mode": "shared"}, "not in this version"),
+            ({"lock_mode": "shred"}, "lock_mode.*shared"),
+            ({"lock_mode": ["shared"]}, "lock_mode"),
+            ({"lock_limit": 0}, "lock_limit"),
+            ({"lock_limit": True}, "lock_limit"),
+            ({"lock_limit": "3"}, "lock_limit"),
+            ({"lock_mode": "shared", "lock_limit": 3}, "lock_mode and lock_limit"),
             ({"on_conflict": "coalesce"}, "not in this version"),
         ],
     )
@@ -217,12 +222,13 @@ class TestOptions:
     def test_by_annotations(self) -> None:
         """Celery's `task_annotations` set options, too."""
         app: Any = Celery("annotated", set_as_current=False)
-        app.conf.task_annotations = {"annotated": {"on_conflict": "skip"}}
+        app.conf.task_annotations = {"annotated": {"on_conflict": "skip", "lock_limit": 3}}
 
         @app.task(base=SingletonTask, name="annotated")
         def annotated() -> None: ...
 
         assert app.tasks["annotated"].conflict_policy() == Conflict.skip()
+        assert app.tasks["annotated"]._mode.limit == 3
 
     def test_map_starmap_and_chunks_point_to_group(self, app: Any) -> None:
         """They would call the function unlocked."""

@@ -8,7 +8,7 @@ from celery import Celery
 from typing_extensions import assert_type
 
 from celery_etcd_lock import Conflict, SingletonTask, current_lock, singleton_task
-from celery_etcd_lock.locks import HeldLock, Mutex, Session
+from celery_etcd_lock.locks import Election, HeldLock, Leader, Leadership, Mutex, RWLock, Semaphore, Session
 
 app = Celery()
 
@@ -53,6 +53,21 @@ def misspelt(account_id: int) -> int:
     return account_id
 
 
+@singleton_task(lock_mode="shared", lock_key="/catalog")
+def reads(account_id: int) -> int:
+    return account_id
+
+
+@singleton_task(lock_limit=3)
+def limited(account_id: int) -> int:
+    return account_id
+
+
+@singleton_task(lock_mode="shred")  # type: ignore[call-overload]
+def misread(account_id: int) -> int:
+    return account_id
+
+
 @singleton_task(on_lost="abourt")  # type: ignore[call-overload]
 def wrong(account_id: int) -> int:
     return account_id
@@ -62,6 +77,20 @@ def by_itself(session: Session) -> int:
     with Mutex(session, "/maintenance").acquire(timeout=5) as held:
         assert_type(held, HeldLock)
         return held.fencing_token
+
+
+def the_others(session: Session) -> None:
+    with RWLock(session, "/catalog").read().acquire(timeout=5) as reading, RWLock(session, "/b").write() as writing:
+        assert_type((reading, writing), tuple[HeldLock, HeldLock])
+    with Semaphore(session, "/gpu", limit=4).acquire(blocking=False) as held:
+        assert_type(held, HeldLock)
+    with Election(session, "/scheduler").campaign("host-1", timeout=5) as leadership:
+        assert_type(leadership, Leadership)
+        leadership.proclaim("host-1, ready")
+    with Election(session, "/scheduler").observe() as leaders:
+        for leader in leaders:
+            assert_type(leader, Leader)
+    Semaphore(session, "/gpu")  # type: ignore[call-arg]
 
 
 token: int = current_lock.fencing_token
