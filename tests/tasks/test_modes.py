@@ -51,7 +51,7 @@ def test_at_most_so_many_at_once(new_project: NewProject, task: str, locked: boo
     running.worker()
     results = [running.send(task, number, 0.2) for number in range(12)]
     assert [result.get(timeout=120) for result in results] == list(range(12))
-    assert (most_at_once(running.runs(task)) == 2) is locked
+    assert (most_at_once(running.runs(task)) <= 2) is locked
 
 
 def test_the_third_of_two_says_who_is_in(running: Project) -> None:
