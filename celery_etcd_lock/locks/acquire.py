@@ -184,7 +184,7 @@ class _Attempt:
                 return self.held(self.contender.create_revision, revision)
             # As a watch may sit on a member that is cut off, look again once per TTL all the same.
             with (
-                self.session.contenders.listening([each.key for each in ahead], woken) as others,
+                self.session.contenders.listening(ahead, woken) as others,
                 self.session.wakeups.watching(self.name, others, revision + 1, woken),
             ):
                 self.pause(woken, until, self.session.ttl)

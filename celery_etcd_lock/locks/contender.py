@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from celery_etcd_lock.etcd.api import Delete, Range, Txn, created_at
+from celery_etcd_lock.etcd.api import Delete, KeyValue, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LeaseNotFound, NoSpace
 from celery_etcd_lock.locks.queue import Kind, contender_key, is_contender
 
@@ -98,15 +98,18 @@ class Contenders:
             return self.take(contender.name, contender.kind, contender.nonce)
 
     @contextmanager
-    def listening(self, keys: Collection[str], event: threading.Event) -> Iterator[list[str]]:
-        """Set `event` when one of `keys` that is ours goes away. Gives the others: somebody has to watch those."""
+    def listening(self, ahead: Collection[KeyValue], event: threading.Event) -> Iterator[list[str]]:
+        """Set `event` when one of `ahead` that is ours goes away. Gives the others' keys: somebody must watch those."""
         with self._lock:
-            ours = [each for key in keys if (each := self._by_key.get(key)) is not None and not each.lost]
+            found = [(kv, each) for kv in ahead if (each := self._by_key.get(kv.key)) is not None and not each.lost]
+            if any(each.create_revision != kv.create_revision for kv, each in found):
+                event.set()  # its name is in use again: the one that was seen is gone
+            ours = [each for _, each in found]
             for contender in ours:
                 contender.listeners.add(event)
         try:
             local = {contender.key for contender in ours}
-            yield [key for key in keys if key not in local]
+            yield [kv.key for kv in ahead if kv.key not in local]
         finally:
             with self._lock:
                 for contender in ours:
@@ -247,6 +250,12 @@ class Contenders:
             self._session.epoch_is(reply.header.revision)
             self._epoch_due = False
         return True
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody holds or wants a lock any more: what is left is on its way out."""
+        with self._lock:
+            return all(each in self._unfinished for each in self._by_key.values())
 
     def existing(self) -> list[Contender]:
         """Those that are in etcd, as far as we know."""

@@ -318,12 +318,15 @@ class Session:
         """Give everything back: revoke the lease, and with it every key. Safe to call twice; never raises."""
         if self._closed or os.getpid() != self.pid:
             return
-        was_lost = self._lost.is_set()
+        lost = self._lost.is_set()
+        # A session that was lost may live on in etcd. Where somebody still works under a lock of it, that keeps the
+        # others out for a while longer.
+        leave = lost and not self.contenders.idle
         self._lose("the session was closed")
         self._closed = True
-        if not was_lost:
+        if not leave:
             try:
-                self.transport.lease_revoke(self.lease)
+                self.transport.lease_revoke(self.lease, timeout=1.0 if lost else None)
             except EtcdLockError as error:
                 logger.info("etcd_lock.revoke_failed: lease %x: %s", self.lease, error)
         if self._owns_transport:

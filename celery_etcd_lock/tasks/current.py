@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["TaskLock", "Unheld", "Unlocked", "current_lock", "lock_of"]
 
 _ATTRIBUTE = "_etcd_lock"
+_ENTERED = "_etcd_lock_entered"
 
 
 class TaskLock(Protocol):
@@ -88,13 +89,15 @@ class Unheld:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise LockLost(f"{self.name} runs without its lock: {self._reason}")
+        raise LockLost(f"{self.name} has no lock: {self._reason}")
 
 
 def lock_of(request: Context) -> TaskLock:
-    """The lock of `request`; a stand-in, made at the first question, if it has none."""
+    """The lock of `request`; if it has none a stand-in: one that is not held while the real one is still to come."""
     lock = request.__dict__.get(_ATTRIBUTE)
     if lock is None:
+        if not (request.called_directly or request.is_eager):
+            return Unheld("the task", "it is taken right before the body starts")
         lock = Unlocked()
         set_lock(request, lock)
     return cast("TaskLock", lock)
@@ -105,15 +108,20 @@ def set_lock(request: Context, lock: TaskLock) -> None:
     request.__dict__[_ATTRIBUTE] = lock
 
 
-def has_lock(request: Context) -> bool:
-    """Whether `request` was given one: its body runs."""
-    return _ATTRIBUTE in request.__dict__
+def enter(request: Context) -> bool:
+    """Whether the body of `request` begins now: False if it runs already, and calls its own task."""
+    if _ENTERED in request.__dict__:
+        return False
+    request.__dict__[_ENTERED] = True
+    return True
 
 
 def _current_lock() -> TaskLock:
     task: Any = current_task
     if not task:
         raise RuntimeError("current_lock is the lock of the running task, and no task runs here")
+    if not hasattr(task, "lock_name"):
+        raise RuntimeError(f"current_lock: {task.name} is no singleton task, and has no lock")
     return lock_of(task.request)
 
 

@@ -22,7 +22,7 @@ from celery_etcd_lock.exceptions import (
 from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
 from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
-from celery_etcd_lock.tasks.putback import Waits, countdown_ceiling, put_back
+from celery_etcd_lock.tasks.putback import Waits, countdown_ceiling, forget_waits, put_back
 from celery_etcd_lock.tasks.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -136,11 +136,14 @@ def _unavailable(
 ) -> Any:
     """There is no lock to be had, because of etcd and not of another holder."""
     consequence = task.on_unavailable or runtime.settings.on_unavailable
+    if consequence == "retry" and request.is_eager:
+        consequence = "fail"  # there is no queue to put it back into
     runtime.outage.affects(task.name, error, consequence)
     if consequence == "run":
+        logger.warning("etcd_lock.unlocked: %s[%s] runs without its lock: %s", task.name, request.id, error)
         set_lock(request, Unheld(name, str(error)))
         return body()
-    if consequence == "fail" or request.is_eager:
+    if consequence == "fail":
         raise error
     countdown = _UNAVAILABLE.pause(waits.outages, 0.0, countdown_ceiling(task.app), random.random)
     reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
@@ -154,6 +157,7 @@ def _run(task: SingletonTask, request: Context, waits: Waits, held: HeldLock, bo
         try:
             Runtime.of(task.app).outage.over()
             set_lock(request, held)
+            forget_waits(request)
             result = body() if on_lost == "warn" else _abortable(held, body)
         finally:
             # On every way out of the body, and before the result is stored and the next in the chain is sent.

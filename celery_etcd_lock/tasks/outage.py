@@ -52,14 +52,14 @@ class Outage:
         where = ", ".join(self._settings.endpoints)
         if not first:
             logger.error(
-                "etcd_lock.unavailable: still no etcd at %s, for %.0f s; %d singleton tasks %s so far",
-                where, lasted, count, _CONSEQUENCE[consequence],
+                "etcd_lock.unavailable: still no etcd at %s, for %.0f s; %d singleton tasks met with it so far",
+                where, lasted, count,
             )  # fmt: skip
             return
         default = " (the default: etcd_lock_endpoints is not set)" if self._settings.default_endpoints else ""
         logger.error(
             "etcd_lock.unavailable: no etcd at %s%s: %s\n"
-            "  1 singleton task (%s) is %s; so are all that follow until etcd answers.\n"
+            "  1 singleton task (%s) is %s; until etcd answers each fares as its on_unavailable says.\n"
             "  Set etcd_lock_endpoints, or the environment variable CELERY_ETCD_LOCK_ENDPOINTS, to where your etcd is.",
             where, default, error, task, _CONSEQUENCE[consequence],
         )  # fmt: skip

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from celery import Celery, Task
     from celery.app.task import Context
 
-__all__ = ["Waits", "countdown_ceiling", "put_back"]
+__all__ = ["Waits", "countdown_ceiling", "forget_waits", "put_back"]
 
 HEADER = "etcd_lock"
 
@@ -53,6 +53,14 @@ class Waits:
 
     def unavailable(self) -> Waits:
         return replace(self, at=0.0, outages=self.outages + 1)
+
+
+def forget_waits(request: Context) -> None:
+    """It has the lock: what it waited for that is not to count when the body sends its task again."""
+    headers = request.headers or {}
+    if HEADER in headers:
+        mine = {key: value for key, value in _own(headers).items() if key not in Waits.__dataclass_fields__}
+        request.headers = {**headers, HEADER: mine}
 
 
 def put_back(task: Task[Any, Any], request: Context, waits: Waits, reason: Exception, countdown: float) -> Retry:

@@ -17,7 +17,7 @@ from celery_etcd_lock.exceptions import ConfigError, LockContended
 from celery_etcd_lock.locks.queue import EXCLUSIVE, SHARED, Mode, slot_of
 from celery_etcd_lock.settings import ON_LOST, ON_UNAVAILABLE, Settings
 from celery_etcd_lock.tasks.conflict import Coalesce, Conflict, nearest
-from celery_etcd_lock.tasks.current import TaskLock, has_lock, lock_of
+from celery_etcd_lock.tasks.current import TaskLock, Unlocked, enter, lock_of, set_lock
 from celery_etcd_lock.tasks.guard import run_alone
 from celery_etcd_lock.tasks.keys import KeyRule
 
@@ -34,6 +34,7 @@ OPTIONS = ("unique_on", "lock_key", "lock_mode", "lock_limit", "on_conflict", "o
 _LATER = frozenset({"unique_queued", "on_duplicate", "lock_at_least_for", "lock_at_most_for"})
 _MODES = {"exclusive": EXCLUSIVE, "shared": SHARED}
 _CELERYS = frozenset(dir(Task))
+_NOT_PLAIN = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 _INSTEAD = {
     "lock_expiry": "etcd_lock_ttl on the app: one lease serves the whole process, and is renewed while the body runs",
     "lock_ttl": "etcd_lock_ttl on the app: one lease serves the whole process, and is renewed while the body runs",
@@ -92,12 +93,12 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
-        if request.called_directly or has_lock(request):
+        if request.called_directly or not enter(request):
             # A function call; or the body calls its own task, and inherits the request.
             return super().__call__(*args, **kwargs)
         settings = Settings.from_app(self.app)
         if settings.enabled is False or (request.is_eager and not settings.eager) or self.name.startswith("celery."):
-            lock_of(request)
+            set_lock(request, Unlocked())
             return self._call_body(args, kwargs)
         return run_alone(self, request, args, kwargs, lambda: self._call_body(args, kwargs))
 
@@ -117,44 +118,35 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         """Celery makes the task ready for `app`: the moment to check its options."""
         _adopt_task_class(cls, app)
         bound = super().bind(app)
-        if cls.name and not cls.name.startswith("celery."):
-            cls._check(app)
+        if cls.run is not Task.run:  # no base class
+            name = cls.name or app.gen_task_name(str(cls.__name__), cls.__module__)
+            if not name.startswith("celery."):
+                cls._check(name)
         return bound
 
     @classmethod
-    def _check(cls, app: Celery) -> None:
-        def refuse(what: str) -> NoReturn:
-            raise ConfigError(f"task {cls.name}: {what}")
-
-        for option, allowed in (
-            ("on_lost", ON_LOST), ("on_unavailable", ON_UNAVAILABLE), ("lock_mode", tuple(_MODES)),
-        ):  # fmt: skip
-            value = getattr(cls, option)
-            if value is not None and value not in allowed:
-                near = nearest(str(value), allowed)
-                hint = f" (perhaps {near!r}?)" if near else ""
-                refuse(f"{option}={value!r}: write one of {', '.join(map(repr, allowed))}{hint}")
-        if cls.lock_mode is not None and cls.lock_limit is not None:
-            refuse("lock_mode and lock_limit exclude each other: a limit is a mode of its own, write only one")
-        cls._mode = _MODES[cls.lock_mode or "exclusive"]
-        if cls.lock_limit is not None:
-            try:
-                cls._mode = slot_of(cls.lock_limit)
-            except ConfigError as error:
-                refuse(f"lock_limit: {error}")
-        if cls.on_conflict is not None:
-            try:
-                cls.on_conflict = Conflict.parse(cls.on_conflict)
-            except ConfigError as error:
-                refuse(str(error))
-            if isinstance(cls.on_conflict, Coalesce):
-                refuse("on_conflict='coalesce' is not in this version of celery-etcd-lock")
+    def _check(cls, name: str) -> None:
+        """Make the rule for the keys and the mode, or say what is wrong."""
         for option in _LATER & set(_options_set(cls)):
-            refuse(f"{option} is not in this version of celery-etcd-lock")
-        _warn_of_near_misses(cls)
+            raise ConfigError(f"task {name}: {option} is not in this version of celery-etcd-lock")
+        _warn_of_near_misses(cls, name)
+        if any(kind(cls.run) for kind in _NOT_PLAIN):
+            raise ConfigError(
+                f"task {name}: its function is a coroutine or a generator, whose body Celery does not run: "
+                "write a plain function"
+            )
+        try:
+            _check_choices(cls)
+            cls._mode = _mode_of(cls)
+            if cls.on_conflict is not None:
+                cls.on_conflict = Conflict.parse(cls.on_conflict)
+                if isinstance(cls.on_conflict, Coalesce):
+                    raise ConfigError("on_conflict='coalesce' is not in this version of celery-etcd-lock")  # noqa: TRY301
+        except ConfigError as error:
+            raise ConfigError(f"task {name}: {error}") from None
         bound = not isinstance(inspect.getattr_static(cls, "run"), staticmethod)
         cls._key_rule = KeyRule.make(
-            cls.name, inspect.signature(cls.run), unique_on=cls.unique_on, lock_key=cls.lock_key, bound=bound
+            name, inspect.signature(cls.run), unique_on=cls.unique_on, lock_key=cls.lock_key, bound=bound
         )
         if LockContended not in cls.throws:
             cls.throws = (*cls.throws, LockContended)
@@ -175,6 +167,27 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
             f"{self.name}.{method}() would call the function directly in one other task, without its lock: "
             f"write group({self.name.rpartition('.')[2]}.s(…) for … in …) instead"
         )
+
+
+def _check_choices(cls: type[SingletonTask]) -> None:
+    choices = {"on_lost": ON_LOST, "on_unavailable": ON_UNAVAILABLE, "lock_mode": tuple(_MODES)}
+    for option, allowed in choices.items():
+        value = getattr(cls, option)
+        if value is not None and value not in allowed:
+            near = nearest(str(value), allowed)
+            hint = f" (perhaps {near!r}?)" if near else ""
+            raise ConfigError(f"{option}={value!r}: write one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def _mode_of(cls: type[SingletonTask]) -> Mode:
+    if cls.lock_limit is None:
+        return _MODES[cls.lock_mode or "exclusive"]
+    if cls.lock_mode is not None:
+        raise ConfigError("lock_mode and lock_limit exclude each other: a limit is a mode of its own, write only one")
+    try:
+        return slot_of(cls.lock_limit)
+    except ConfigError as error:
+        raise ConfigError(f"lock_limit: {error}") from None
 
 
 def _adopt_task_class(cls: type[SingletonTask], app: Celery) -> None:
@@ -201,13 +214,13 @@ def _options_set(cls: type[SingletonTask]) -> list[str]:
     return names
 
 
-def _warn_of_near_misses(cls: type[SingletonTask]) -> None:
+def _warn_of_near_misses(cls: type[SingletonTask], task: str) -> None:
     for name in _options_set(cls):
         if name in OPTIONS or name in _CELERYS:
             continue
         instead = _INSTEAD.get(name) or nearest(name, OPTIONS, cutoff=0.8)
         if instead:
             warnings.warn(
-                f"task {cls.name}: {name} is no option of a singleton task and does nothing: write {instead}",
+                f"task {task}: {name} is no option of a singleton task and does nothing: write {instead}",
                 stacklevel=2,
             )

@@ -15,6 +15,7 @@ import pytest
 from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn, prefix_end
 from celery_etcd_lock.exceptions import ConfigError, LockContended, LockLost, LockTimeout
 from celery_etcd_lock.locks import HeldLock, Mutex, Session
+from celery_etcd_lock.locks.acquire import _Attempt
 
 OpenSession = Callable[..., Session]
 
@@ -90,6 +91,39 @@ class TestAcquire:
             thread.join(30)
         assert order == list(range(8))
         assert keys(sessions[0], prefix + "a") == []
+
+    def test_a_name_in_use_again_is_not_the_one_that_was_waited_for(
+        self, open_session: OpenSession, prefix: str
+    ) -> None:
+        """Whoever finds itself behind a key that goes, and comes again behind it, does not wait for that one."""
+        session = open_session(ttl=60)
+        mutex = Mutex(session, prefix + "a")
+        first, joined, order = mutex.acquire(), threading.Event(), []
+        look, looked = _Attempt.look, threading.Event()
+
+        def slow_look(attempt: _Attempt) -> Any:
+            found = look(attempt)
+            if threading.current_thread().name == "behind" and not looked.is_set():
+                looked.set()
+                assert joined.wait(20)
+            return found
+
+        def come(name: str) -> None:
+            with mutex.acquire(timeout=30):
+                order.append(name)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_Attempt, "look", slow_look)
+            behind = threading.Thread(target=come, args=("behind",), name="behind")
+            behind.start()
+            assert looked.wait(20)
+            first.release()
+            again = in_thread(lambda: come("again"))
+            until(lambda: len(keys(session, prefix + "a")) == 2)
+            joined.set()
+            behind.join(20)
+            again.join(20)
+        assert order == ["behind", "again"]
 
     def test_tokens_grow_from_holder_to_holder(self, open_session: OpenSession, prefix: str) -> None:
         """Each holder's fencing token is larger than the one before, whichever way the lock was taken."""

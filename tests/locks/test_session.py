@@ -159,6 +159,23 @@ def test_close_gives_everything_back(session: Session, store: MemoryEtcd) -> Non
     assert "closed" in held.why_not()
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_a_lost_session_is_revoked_unless_somebody_still_works_under_it(
+    session: Session, store: MemoryEtcd, clock: Clock, held: bool
+) -> None:
+    """What a lost session left in etcd does not block the next one, but does protect a body that still runs."""
+    lock = Mutex(session, "/a").acquire()
+    clock.now += 28
+    assert session.lost
+    session._lose("staged")
+    session.transport.before = away if not held else None  # type: ignore[attr-defined]
+    if not held:
+        assert lock.release() == "lost"
+    session.transport.before = None  # type: ignore[attr-defined]
+    session.close()
+    assert bool(MemoryTransport(store).range(Range("/a/", "/a0")).kvs) is held
+
+
 def test_the_background_says_it_without_being_asked(store: MemoryEtcd) -> None:
     """With etcd away for good, `wait_lost` returns and the holder's callback runs, close to the deadline."""
     store = MemoryEtcd()

@@ -118,6 +118,30 @@ def unstable(self: Any, thing: Any) -> None:
     raise AssertionError("must not run")
 
 
+class Curious(SingletonTask):
+    """Asks for its lock before there is one, as a project's logging does."""
+
+    abstract = True
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        assert not self.lock.is_held()
+
+
+curious = app.task(base=Curious, bind=True, name="curious", unique_on="key", on_conflict="fail")(work)
+
+
+@app.task(
+    base=SingletonTask, bind=True, name="sends_itself", lock_key="all", on_conflict=Conflict.retry(0.2, max_wait=60)
+)
+def sends_itself(self: Any, number: int) -> Any:
+    """Its author's own retry, once; then what the message says of waiting for the lock."""
+    with noted(self, number):
+        time.sleep(1)
+        if self.request.retries == 0:
+            raise self.retry(countdown=0.1)
+    return (self.request.headers or {}).get("etcd_lock", {}).get("count", 0)
+
+
 @app.task(name="who")
 def who() -> int:
     """Which child took the message."""

@@ -136,6 +136,31 @@ def test_retries_show_the_holder_and_do_not_use_up_the_authors(running: Project)
     assert holder.get(timeout=60) == 0
 
 
+def test_asking_for_the_lock_before_it_is_taken_changes_nothing(running: Project) -> None:
+    """`self.lock` in `before_start` is not held, and the body runs under the real one all the same."""
+    first = running.send("curious", 0, 2.0)
+    until(lambda: running.runs("curious"), "the first start")
+    with pytest.raises(LockContended):
+        running.send("curious", 1).get(timeout=60)
+    assert first.get(timeout=60) == 0
+    (run,) = running.runs("curious")
+    assert run.token > 0
+
+
+def test_the_authors_own_retry_starts_without_our_counts(running: Project) -> None:
+    """What a message waited for the lock is forgotten once it had it: `max_wait` counts from the next contention."""
+    first = running.send("sends_itself", 0)
+    until(lambda: running.runs("sends_itself"), "the first start")
+    second = running.send("sends_itself", 1)
+    until(lambda: second.state == "RETRY", "the second's wait")
+    for result in (first, second):
+        result.get(timeout=60)
+    runs = running.runs("sends_itself")
+    assert [run.how for run in runs].count("Retry") == 2
+    assert [run.how for run in runs].count("returned") == 2
+    assert overlaps(runs) == []
+
+
 def test_the_decorator_locks_as_the_base_does(running: Project) -> None:
     """`@singleton_task` on a real worker: excluded, with a lock of its own to ask."""
     first = running.send("decorated", 0, seconds=2.0)

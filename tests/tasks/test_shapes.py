@@ -98,6 +98,25 @@ class TestBase:
         assert timed.delay(3).get() == 3
         assert calls == [True]
 
+    def test_in_a_class_without_a_name(self, app: Any) -> None:
+        """Celery names it, and its options are checked like any other's."""
+
+        class Nameless(SingletonTask):
+            unique_on = "account"
+
+            def run(self, account: int, full: bool = False) -> int:
+                return account
+
+        task = app.register_task(Nameless())
+        assert task.lock_name((7, True)) == f"/celery/locks/{task.name}/account=7"
+        assert task.name.endswith("Nameless")
+
+        class Wrong(Nameless):
+            unique_on = "acount"
+
+        with pytest.raises(ConfigError, match="account"):
+            app.register_task(Wrong())
+
     def test_for_everything(self) -> None:
         """`task_cls=SingletonTask` makes every task one, and leaves Celery's own alone."""
         app: Any = Celery("all", task_cls=SingletonTask, set_as_current=False)
@@ -211,6 +230,18 @@ class TestOptions:
 
         assert "wrong" in str(refused.value)
 
+    def test_a_coroutine_or_generator_is_refused(self, app: Any) -> None:
+        """Celery would not run its body, and the lock would be gone before anybody did."""
+
+        async def coroutine() -> None: ...
+
+        def generator() -> Iterator[int]:
+            yield 1
+
+        for function in (coroutine, generator):
+            with pytest.raises(ConfigError, match="plain function"):
+                app.task(base=SingletonTask, name=function.__name__, lazy=False)(function)
+
     @pytest.mark.parametrize(("option", "right"), [("unique_one", "unique_on"), ("lock_expiry", "etcd_lock_ttl")])
     def test_a_near_miss_is_a_warning(self, app: Any, option: str, right: str) -> None:
         """An option that is nearly one of ours, or a peer's, does nothing, and is said."""
@@ -263,6 +294,16 @@ class TestLock:
         """There is no lock where no task runs."""
         with pytest.raises(RuntimeError, match="no task runs"):
             current_lock.is_held()
+
+    def test_current_lock_of_another_kind_of_task_is_an_error(self, app: Any) -> None:
+        """A task whose author forgot the decorator is not told that it holds a lock."""
+
+        @app.task(name="plain")
+        def plain() -> None:
+            current_lock.assert_held()
+
+        with pytest.raises(RuntimeError, match="plain is no singleton task"):
+            plain.delay()
 
     def test_eager_runs_lock_when_told_to(self, app: Any) -> None:
         """`etcd_lock_eager` locks them; a task that calls itself, or another, calls a function."""
