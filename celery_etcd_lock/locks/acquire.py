@@ -16,7 +16,14 @@ from datetime import datetime, timezone
 from itertools import chain
 
 from celery_etcd_lock.etcd.api import Compare, KeyValue, Operation, Put, Range, RangeReply, Txn, TxnReply, created_at
-from celery_etcd_lock.exceptions import EtcdUnavailable, LeaseNotFound, LockContended, LockLost, LockTimeout
+from celery_etcd_lock.exceptions import (
+    EtcdRejected,
+    EtcdUnavailable,
+    LeaseNotFound,
+    LockContended,
+    LockLost,
+    LockTimeout,
+)
 from celery_etcd_lock.locks import queue
 from celery_etcd_lock.locks.contender import Contender
 from celery_etcd_lock.locks.held import HeldLock
@@ -109,6 +116,11 @@ class _Attempt:
         except EtcdUnavailable as error:
             self.contender.unanswered = doubt or error.unanswered
             raise
+        except EtcdRejected:
+            self.contender.unanswered = doubt  # a definite no: nothing of it is under way
+            raise
+        if reply.succeeded:  # known to be there before the doubt is gone, whatever interrupts us
+            self.contender.create_revision = reply.header.revision
         self.contender.unanswered = doubt or reply.header.unanswered
         if not reply.succeeded:
             self.session.saw_own_key(reply.range(0).kvs, sent_in=epoch)

@@ -233,16 +233,19 @@ class Contenders:
         """Whether anything is left for `finish`."""
         return bool(self._unfinished or self._epoch_due)
 
-    def finish(self, timeout: float) -> bool:
-        """Try the removals again that got no answer. False: etcd still does not answer; come back later."""
-        while True:
+    def finish(self, timeout: float, go_on: Callable[[], bool]) -> bool:
+        """Try the removals again that got no answer, for as long as `go_on`. False: come back later.
+
+        One that is refused or unanswered goes to the end of the line, so that it does not keep the others.
+        """
+        while go_on():
             with self._lock:
                 if not self._unfinished:
                     break
-                contender = self._unfinished.pop()
+                contender = self._unfinished.pop(0)
             if self.remove(contender, timeout=timeout) == "unanswered":
                 return False
-        if self._epoch_due:
+        if self._epoch_due and go_on():
             try:
                 reply = self._session.txn(Txn([], [self._session.own_key]), timeout=timeout)
             except EtcdLockError:

@@ -253,7 +253,8 @@ class Session:
         if now >= self._renewal_due and not self._renew():
             return min(0.2, self.ttl / 20)
         if self.contenders.unfinished and now >= self._finish_due:
-            done = self.contenders.finish(timeout=max(0.1, self.ttl / 6))
+            # The renewal goes first, however much there is to tidy up.
+            done = self.contenders.finish(max(0.1, self.ttl / 6), lambda: self._clock() < self._renewal_due)
             self._finish_due = 0.0 if done else self._clock() + min(1.0, self.ttl / 10)
         if now >= self._check_due:
             self._check_due = now + self.ttl
@@ -297,7 +298,7 @@ class Session:
     def _check_keys(self) -> None:
         held = self.contenders.existing()
         try:
-            reply = self.transport.lease_time_to_live(self.lease, keys=True)
+            reply = self.transport.lease_time_to_live(self.lease, keys=True, timeout=max(0.1, self.ttl / 6))
             if not self._proves(reply.header):
                 return
             if reply.ttl <= 0:

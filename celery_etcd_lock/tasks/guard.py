@@ -56,9 +56,14 @@ def run_alone(
         return _refused(task, request, policy, waits, contended)
     except ConfigError:
         raise
+    except LockLost as error:
+        # Its place in the queue, not etcd: whoever else holds the lock still does.
+        if request.is_eager:
+            raise
+        raise put_back(task, request, waits.unavailable(), error, _pause(task, waits)) from None
     except EtcdLockError as error:
         return _unavailable(runtime, task, request, name, waits, error, body)
-    return _run(task, request, waits, held, body)
+    return _run(task, request, held, body)
 
 
 def _observe(runtime: Runtime, name: str, task: SingletonTask, request: Context, body: Callable[[], Any]) -> Any:
@@ -145,12 +150,15 @@ def _unavailable(
         return body()
     if consequence == "fail":
         raise error
-    countdown = _UNAVAILABLE.pause(waits.outages, 0.0, countdown_ceiling(task.app), random.random)
     reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
-    raise put_back(task, request, waits.unavailable(), reason, countdown)
+    raise put_back(task, request, waits.unavailable(), reason, _pause(task, waits))
 
 
-def _run(task: SingletonTask, request: Context, waits: Waits, held: HeldLock, body: Callable[[], Any]) -> Any:
+def _pause(task: SingletonTask, waits: Waits) -> float:
+    return _UNAVAILABLE.pause(waits.outages, 0.0, countdown_ceiling(task.app), random.random)
+
+
+def _run(task: SingletonTask, request: Context, held: HeldLock, body: Callable[[], Any]) -> Any:
     on_lost = task.on_lost or Runtime.of(task.app).settings.on_lost
     again = on_lost == "retry" and not request.is_eager
     try:
@@ -164,11 +172,11 @@ def _run(task: SingletonTask, request: Context, waits: Waits, held: HeldLock, bo
             lost = _give_back(task, request, held)
     except LockLost as error:
         if again and held.release() == "lost":
-            raise put_back(task, request, waits, error, countdown=0.0) from error
+            raise put_back(task, request, Waits(), error, countdown=0.0) from error
         raise
     if lost and on_lost != "warn":
         unsaid = LockLost(lost)
-        raise put_back(task, request, waits, unsaid, countdown=0.0) if again else unsaid
+        raise put_back(task, request, Waits(), unsaid, countdown=0.0) if again else unsaid
     return result
 
 

@@ -10,6 +10,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from celery_etcd_lock.exceptions import EtcdRejected, NoSpace
+
 if TYPE_CHECKING:
     from celery_etcd_lock.settings import Settings
 
@@ -56,6 +58,13 @@ class Outage:
                 where, lasted, count,
             )  # fmt: skip
             return
+        if isinstance(error, EtcdRejected | NoSpace):
+            logger.error(
+                "etcd_lock.unavailable: the etcd at %s refuses: %s\n"
+                "  1 singleton task (%s) is %s; until etcd serves, each fares as its on_unavailable says.",
+                where, error, task, _CONSEQUENCE[consequence],
+            )  # fmt: skip
+            return
         default = " (the default: etcd_lock_endpoints is not set)" if self._settings.default_endpoints else ""
         logger.error(
             "etcd_lock.unavailable: no etcd at %s%s: %s\n"
@@ -69,6 +78,8 @@ class Outage:
         if not self._since:
             return
         with self._lock:
+            if not self._since:
+                return
             lasted, count = time.monotonic() - self._since, self._count
             self._since, self._count = 0.0, 0
         logger.warning("etcd_lock.available: etcd is back after %.0f s; %d singleton tasks met with it", lasted, count)

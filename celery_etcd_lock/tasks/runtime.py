@@ -64,9 +64,14 @@ class Runtime:
             if self._session is None or self._session.lost:
                 self.close()
                 settings = self.settings
-                self._session = Session(
-                    settings.connect(), ttl=settings.ttl, namespace=settings.namespace, instance=INSTANCE
-                )
+                transport = settings.connect()
+                try:
+                    self._session = Session(
+                        transport, ttl=settings.ttl, namespace=settings.namespace, instance=INSTANCE
+                    )
+                except BaseException:
+                    transport.close()
+                    raise
             return self._session
 
     def acquire(

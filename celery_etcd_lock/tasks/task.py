@@ -148,8 +148,10 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         cls._key_rule = KeyRule.make(
             name, inspect.signature(cls.run), unique_on=cls.unique_on, lock_key=cls.lock_key, bound=bound
         )
-        if LockContended not in cls.throws:
-            cls.throws = (*cls.throws, LockContended)
+        own: Any = cls.throws  # Celery takes a bare class, too
+        throws = own if isinstance(own, (tuple, list)) else (own,)
+        if LockContended not in throws:
+            cls.throws = (*throws, LockContended)
 
     # -- not with these
 

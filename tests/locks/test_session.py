@@ -11,7 +11,7 @@ import pytest
 
 from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
-from celery_etcd_lock.exceptions import EtcdUnavailable, LockContended, LockLost, LockTimeout
+from celery_etcd_lock.exceptions import AuthRejected, EtcdUnavailable, LockContended, LockLost, LockTimeout
 from celery_etcd_lock.locks import Mutex, Session
 
 
@@ -243,6 +243,53 @@ class TestUnanswered:
         assert not session.transport.range(Range("/a/", "/a0")).kvs
         with Mutex(session, "/a").acquire() as again:
             assert again.key != held.key
+
+    def test_a_removal_that_is_refused_does_not_keep_the_others(self, session: Session, clock: Clock) -> None:
+        """One that etcd refuses for good goes to the end of the line, and the rest is removed."""
+        refused, other = Mutex(session, "/refused").acquire(), Mutex(session, "/other").acquire()
+
+        def refuse(verb: str, request: Any) -> None:
+            if verb == "txn" and any(isinstance(op, Delete) and "/refused/" in op.key for op in request.success):
+                raise AuthRejected("staged: permission denied", 7)
+
+        session.transport.before = away  # type: ignore[attr-defined]
+        assert (other.release(), refused.release()) == ("unanswered", "unanswered")
+        session.transport.before = refuse  # type: ignore[attr-defined]
+        for _ in range(3):
+            clock.now += 1.1
+            session.keep()
+        assert not session.transport.range(Range("/other/", "/other0")).kvs
+        assert session.transport.range(Range("/refused/", "/refused0")).kvs
+
+    def test_an_acquire_that_is_refused_leaves_nothing_to_do(self, session: Session) -> None:
+        """A definite no is an answer: nothing of the request can come late."""
+
+        def refuse(_verb: str, _request: Any) -> None:
+            raise AuthRejected("staged: permission denied", 7)
+
+        session.transport.before = refuse  # type: ignore[attr-defined]
+        with pytest.raises(AuthRejected):
+            Mutex(session, "/a").acquire()
+        assert not session.contenders.unfinished
+        assert len(session.contenders) == 0
+
+    def test_tidying_up_does_not_hold_up_the_renewal(self, session: Session, clock: Clock) -> None:
+        """However many removals there are, and however slowly each is answered, the lease is renewed in time."""
+        held = [Mutex(session, f"/{number}").acquire() for number in range(40)]
+        session.transport.before = away  # type: ignore[attr-defined]
+        for each in held:
+            each.release()
+        session.transport.before = None  # type: ignore[attr-defined]
+
+        def slow(verb: str, _request: Any) -> None:
+            if verb == "txn":
+                clock.now += 3
+
+        session.transport.after = slow  # type: ignore[attr-defined]
+        for _ in range(40):
+            session.keep()
+            assert not session.lost
+        assert not session.contenders.unfinished
 
     def test_a_release_that_was_carried_out_unheard_is_no_loss(self, session: Session, clock: Clock) -> None:
         """That the second try finds no key does not mean that the lock was lost."""
