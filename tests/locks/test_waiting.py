@@ -1,0 +1,123 @@
+"""The watches behind the waits: one for each lock name, and nothing missed by who comes late to one."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from celery_etcd_lock.etcd.api import Delete, Put, Txn
+from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
+from celery_etcd_lock.exceptions import LockLost
+from celery_etcd_lock.locks import Election, Mutex, Semaphore, Session
+from celery_etcd_lock.locks.waiting import Wakeups
+from tests.workers import until
+
+
+@pytest.fixture
+def transport() -> Iterator[MemoryTransport]:
+    made = MemoryTransport(MemoryEtcd())
+    yield made
+    made.close()
+
+
+def put(transport: MemoryTransport, *keys: str) -> int:
+    return transport.txn(Txn([], [Put(key, b"") for key in keys])).header.revision
+
+
+def quiet(transport: MemoryTransport) -> Callable[[], bool]:
+    """Whether nothing has been sent for a while."""
+    seen = [0, -1]
+
+    def settled() -> bool:
+        seen[:] = [seen[0] + 1 if transport.requests == seen[1] else 0, transport.requests]
+        return seen[0] > 20
+
+    return settled
+
+
+def test_who_comes_late_is_told_of_what_has_passed(transport: MemoryTransport) -> None:
+    """A key goes away after somebody looked and before they wait for it, while the watch is up: they are woken."""
+    wakeups, first, second, late = Wakeups(transport), *(threading.Event() for _ in range(3))
+    seen = put(transport, "/a/1", "/a/2", "/a/3")
+    with wakeups.watching("/a", ["/a/1", "/a/3"], seen + 1, first):
+        until(transport._open_watches)
+        with wakeups.watching("/a", ["/a/2"], seen + 1, second):
+            transport.delete(Delete("/a/2"))
+            assert second.wait(20)
+        assert not first.is_set()
+        with wakeups.watching("/a", ["/a/2"], seen + 1, late):
+            assert late.wait(0), "the watch has told of it before"
+        late.clear()
+        with wakeups.watching("/a", ["/a/3"], seen + 2, late):
+            assert not late.wait(0.05), "and there is nothing to tell of what came before they looked"
+
+
+def test_puts_wake_only_who_asked_for_them(transport: MemoryTransport) -> None:
+    """An observer and a waiter share a watch; a proclamation is for the observer."""
+    wakeups, waiter, observer, everything = Wakeups(transport), *(threading.Event() for _ in range(3))
+    seen = put(transport, "/a/1", "/a/2")
+    with (
+        wakeups.watching("/a", ["/a/1"], seen + 1, waiter),
+        wakeups.watching("/a", ["/a/1"], seen + 1, observer, puts=True),
+        wakeups.watching("/a", ["/a/"], seen + 1, everything, puts=True),
+    ):
+        put(transport, "/a/2")
+        assert everything.wait(20)
+        put(transport, "/a/1")
+        assert observer.wait(20)
+        assert not waiter.is_set()
+        transport.delete(Delete("/a/1"))
+        assert waiter.wait(20)
+
+
+def test_one_watch_however_many_wait(transport: MemoryTransport) -> None:
+    """Candidates, slots and an observer of one session on one name have one stream between them; then none."""
+    store = transport.store
+    with Session(transport, ttl=600) as session, Session(MemoryTransport(store), ttl=600) as other:
+        taken = Mutex(other, "/a").acquire()
+        threads = [
+            threading.Thread(target=lambda: Semaphore(session, "/a", limit=2).acquire().release(), daemon=True)
+            for _ in range(5)
+        ]
+        observation = Election(session, "/a").observe()
+        threads.append(threading.Thread(target=lambda: list(observation), daemon=True))
+        for thread in threads:
+            thread.start()
+        quiet_now = quiet(transport)
+        until(lambda: len(session.contenders) == 5 and quiet_now())
+        assert list(session.wakeups._watches) == ["/a"]
+        assert len([watch for watch in transport._open_watches() if not watch.closed]) == 1
+        taken.release()
+        for thread in threads[:-1]:
+            thread.join(20)
+        observation.close()
+        threads[-1].join(20)
+        assert not any(thread.is_alive() for thread in threads)
+        until(lambda: not session.wakeups._watches)
+
+
+def test_a_release_wakes_as_many_as_there_are_slots(transport: MemoryTransport) -> None:
+    """Of 30 that wait for one of two slots, a release makes two look, not 30."""
+    with Session(transport, ttl=600, background=False) as session:
+        semaphore = Semaphore(session, "/a", limit=2)
+        held = [semaphore.acquire() for _ in range(2)]
+        got: list[object] = []
+
+        def come() -> None:
+            with contextlib.suppress(LockLost):  # at the end of the test
+                got.append(semaphore.acquire())
+
+        threads = [threading.Thread(target=come, daemon=True) for _ in range(30)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(session.contenders) == 32)
+        until(quiet(transport))
+        before = transport.requests
+        held[0].release()
+        until(lambda: got)
+        until(quiet(transport))
+        assert transport.requests - before <= 1 + 2
+        assert len(got) == 1
