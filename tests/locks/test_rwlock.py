@@ -127,15 +127,17 @@ class TestReaders:
         with pytest.raises(ConfigError, match="a lock's name"):
             RWLock(open_session(), "a/")
 
-    def test_a_foreign_key_under_our_name_is_stepped_aside_from(self, open_session: OpenSession, prefix: str) -> None:
+    @pytest.mark.parametrize("blocking", [True, False])
+    def test_a_foreign_key_under_our_name_is_stepped_aside_from(
+        self, open_session: OpenSession, prefix: str, blocking: bool
+    ) -> None:
         """What somebody put under the name a reader would have had is neither overwritten nor taken for its own."""
         session = open_session()
         theirs = f"{prefix}a/read/{session.lease:x}"
-        for blocking in (True, False):
-            session.transport.txn(Txn([], [Put(theirs, b"theirs")]))
-            with RWLock(session, prefix + "a").read().acquire(blocking=blocking) as held:
-                assert held.key != theirs
-                assert session.transport.range(Range(theirs)).kvs[0].value == b"theirs"
+        session.transport.txn(Txn([], [Put(theirs, b"theirs")]))
+        with RWLock(session, prefix + "a").read().acquire(blocking=blocking) as held:
+            assert held.key != theirs
+            assert session.transport.range(Range(theirs)).kvs[0].value == b"theirs"
 
 
 class TestExclusion:
