@@ -33,7 +33,7 @@ from celery_etcd_lock.exceptions import (
     NoSpace,
 )
 
-__all__ = ["Attempt", "Cluster", "Member"]
+__all__ = ["Attempt", "Cluster", "Member", "checked"]
 
 
 class Member(Protocol):
@@ -50,6 +50,19 @@ class Member(Protocol):
         """In the child: leave the parent's connections alone, and start over."""
 
 
+def checked(urls: Sequence[str], tls: TLS | None) -> tuple[list[str], ssl.SSLContext | None]:
+    """The different ones among `urls`, and what those with https need. `ConfigError` for what cannot be meant."""
+    if isinstance(urls, str):
+        raise ConfigError("etcd endpoints are a list of URLs, not one text")
+    if not urls:
+        raise ConfigError("no etcd endpoint is given: write one like http://127.0.0.1:2379")
+    different = list(dict.fromkeys(map(checked_url, urls)))
+    plain = [url for url in different if url.startswith("http://")]
+    if tls and plain:
+        raise ConfigError(f"TLS is set, and the etcd endpoint {plain[0]} is without: write https://")
+    return different, tls_context(tls or TLS()) if len(plain) < len(different) else None
+
+
 T = TypeVar("T")
 E = TypeVar("E", bound=Member)
 Attempt: TypeAlias = Callable[[E, Mapping[str, str], float], T]
@@ -57,7 +70,7 @@ Attempt: TypeAlias = Callable[[E, Mapping[str, str], float], T]
 
 
 class Cluster(ABC, Generic[E]):
-    """The members at `urls`, shared by threads and left alone by forks. Opens no socket by itself.
+    """The members `endpoints`, shared by threads and left alone by forks. Opens no socket by itself.
 
     `timeout` is what a request without one of its own may take, in seconds. `ConfigError` for what cannot be
     meant.
@@ -66,38 +79,28 @@ class Cluster(ABC, Generic[E]):
     anonymous: Mapping[str, str]
     """The headers of a request without a token."""
 
-    def __init__(
-        self, urls: Sequence[str], timeout: float, username: str | None, password: str | None, tls: TLS | None
-    ) -> None:
-        if isinstance(urls, str):
-            raise ConfigError("etcd endpoints are a list of URLs, not one text")
-        if not urls:
-            raise ConfigError("no etcd endpoint is given: write one like http://127.0.0.1:2379")
+    def __init__(self, endpoints: Sequence[E], timeout: float, username: str | None, password: str | None) -> None:
         if timeout <= 0:
             raise ConfigError(f"the etcd timeout is {timeout!r}, and must be more than 0 seconds")
         if (username is None) != (password is None):
             raise ConfigError("etcd's user name and password go together: set both, or none")
-        checked = list(dict.fromkeys(map(checked_url, urls)))
-        plain = [url for url in checked if url.startswith("http://")]
-        if tls and plain:
-            raise ConfigError(f"TLS is set, and the etcd endpoint {plain[0]} is without: write https://")
-        context = tls_context(tls or TLS()) if len(plain) < len(checked) else None
         self.timeout = timeout
         self.closed = False
         self.requests = 0
-        self.endpoints = [self.member(url, context) for url in checked]
+        self.endpoints = list(endpoints)
         self._username = username
         self._password = password
-        self._headers: Mapping[str, str] | None = self.anonymous if username is None else None
+        self._headers: Mapping[str, str] | None = None if self.logs_in else self.anonymous
         self._start()
         _clusters.add(self)
 
-    @abstractmethod
-    def member(self, url: str, context: ssl.SSLContext | None) -> E:
-        """The endpoint at `url`."""
+    @property
+    def logs_in(self) -> bool:
+        """Whether there is a way to get a token."""
+        return self._username is not None
 
     @abstractmethod
-    def authenticate(self, endpoint: E, name: str, password: str, timeout: float) -> Mapping[str, str]:
+    def authenticate(self, endpoint: E, timeout: float) -> Mapping[str, str]:
         """Headers with a new token. Raises what the answer means, or `NoAnswer`, as any attempt."""
 
     def _start(self) -> None:
@@ -166,7 +169,7 @@ class Cluster(ABC, Generic[E]):
         try:
             return attempt(endpoint, headers, timeout)
         except TokenRefused as error:
-            if self._username is None:
+            if not self.logs_in:
                 raise AuthRejected(f"{endpoint.url}: {error}; set etcd's user name and password", error.code) from error
         except NoAnswer as failure:
             if failure.silent:
@@ -205,10 +208,8 @@ class Cluster(ABC, Generic[E]):
             self._logging_in.release()
 
     def _with_token(self, endpoint: E, timeout: float) -> Mapping[str, str]:
-        assert self._username is not None
-        assert self._password is not None
         try:
-            return self.authenticate(endpoint, self._username, self._password, timeout)
+            return self.authenticate(endpoint, timeout)
         except NoAnswer as failure:
             if failure.silent:
                 endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")

@@ -8,7 +8,6 @@ on a connection of its own. The modules beside this one, from the ground up: `ga
 from __future__ import annotations
 
 import os
-import ssl
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -28,7 +27,7 @@ from celery_etcd_lock.etcd.api import (
     Watch,
     WatchReply,
 )
-from celery_etcd_lock.etcd.cluster import Attempt, Cluster
+from celery_etcd_lock.etcd.cluster import Attempt, Cluster, checked
 from celery_etcd_lock.etcd.gateway_codec import Json, NoAnswer, TokenRefused, judge
 from celery_etcd_lock.etcd.gateway_http import Endpoint, Stream
 from celery_etcd_lock.exceptions import AuthRejected, EtcdUnavailable
@@ -47,11 +46,14 @@ class GatewayCluster(Cluster[Endpoint]):
         "Grpc-Metadata-hasleader": "true",
     }
 
-    def member(self, url: str, context: ssl.SSLContext | None) -> Endpoint:
-        return Endpoint(url, context)
+    def __init__(
+        self, urls: Sequence[str], timeout: float, username: str | None, password: str | None, tls: TLS | None
+    ) -> None:
+        different, context = checked(urls, tls)
+        super().__init__([Endpoint(url, context) for url in different], timeout, username, password)
 
-    def authenticate(self, endpoint: Endpoint, name: str, password: str, timeout: float) -> Mapping[str, str]:
-        body = codec.dump({"name": name, "password": password})
+    def authenticate(self, endpoint: Endpoint, timeout: float) -> Mapping[str, str]:
+        body = codec.dump({"name": self._username, "password": self._password})
         reply = self.posting("/v3/auth/authenticate", body)(endpoint, self.anonymous, timeout)
         return {**self.anonymous, "Authorization": str(reply.get("token", ""))}
 
