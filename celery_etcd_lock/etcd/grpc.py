@@ -4,8 +4,10 @@ One request is one call on a member's channel; all watches of a process share on
 all renewals. The modules beside this one, from the ground up: `grpc_messages` (values and protobuf), `grpc_channel`
 (gRPC's own part), `grpc_member` (one member's calls and streams), `cluster` (which member, how long, as whom).
 
-Not for processes that fork after they have used it: a child has channels of its own, but whether gRPC's library
-works in it at all is gRPC's luck. Celery's prefork pool uses it in the children only, and is well with it.
+gRPC's library does not bear a fork once it is in use: a call in the child may then hang, past its timeout. So in a
+child of a process that had used it every call is a `ConfigError`, unless GRPC_ENABLE_FORK_SUPPORT=1 in the
+environment tells gRPC to prepare for forks; then the child starts over, with channels of its own. (That works
+while the parent is idle; it takes up to a second a fork.) Celery's prefork pool uses it in the children only.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """A gRPC channel to one etcd member: its calls and streams, and what its errors mean.
 
 The only module that imports grpc. All that can go wrong on a channel comes out as what `gateway_codec` has for it:
-`NoAnswer`, or etcd's own refusal. gRPC says when it could not connect at all, and then nothing was sent; a call that
-ran out of time counts as sent, because it may have been.
+`NoAnswer`, or etcd's own refusal. gRPC does not tell whether a call that ran out of time was sent. So a channel is
+greeted before its first call: what fails in that was not sent, and what fails later may have been.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import re
 import sys
@@ -21,10 +22,16 @@ except ImportError:  # said by `ready`, to whoever wants it: without the extra, 
     grpc = None
 
 from celery_etcd_lock.etcd.gateway_codec import NoAnswer, server_error
-from celery_etcd_lock.etcd.grpc_messages import Message, messages
+from celery_etcd_lock.etcd.grpc_messages import INSTALLED, Message, messages
 from celery_etcd_lock.exceptions import AuthRejected, ConfigError, EtcdRejected
 
 __all__ = ["LINK_ERRORS", "Channel", "Duplex", "Link", "failure", "not_connected", "open_channel", "ready"]
+
+_FORK_SUPPORT = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in {"1", "true", "yes"}
+"""Whether gRPC was told to prepare for forks; it looks once, when it is imported."""
+
+_used_by: set[int] = set()
+"""This process and those it was forked from, as far as they have opened channels."""
 
 Channel: TypeAlias = Any
 """A `grpc.Channel`."""
@@ -60,7 +67,7 @@ _CALLS = {
 
 def ready() -> None:
     """`ConfigError` unless gRPC is installed and can be used in this process; under gevent, make it fit."""
-    if grpc is None:
+    if grpc is None or not INSTALLED:
         raise ConfigError("etcd over gRPC needs grpcio and protobuf: pip install celery-etcd-lock[grpc]")
     eventlet, gevent = sys.modules.get("eventlet.patcher"), sys.modules.get("gevent.monkey")
     if eventlet and eventlet.is_monkey_patched("socket"):
@@ -79,14 +86,35 @@ def open_channel(target: str, tls: tuple[bytes | None, bytes | None, bytes | Non
 
 
 class Link:
-    """A channel, which is closed once it is retired and nothing is under way on it any more."""
+    """A channel, which is closed once it is retired and nothing is under way on it any more.
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    `ConfigError` in a process that was forked from one that had used gRPC: there a call may hang, past its timeout.
+    """
+
+    def __init__(self, connect: Callable[[], Channel]) -> None:
+        if _used_by - {os.getpid()} and not _FORK_SUPPORT:
+            raise ConfigError(
+                "this process was forked from one that had used gRPC, which does not bear that: take the gateway, or "
+                "spawn the process instead (GRPC_ENABLE_FORK_SUPPORT=1 lets gRPC try, if the parent was idle)"
+            )
+        _used_by.add(os.getpid())
+        self._channel = connect()
         self._unary: dict[str, Any] = {}
         self._lock = threading.RLock()
         self._under_way = 0
         self._retired = False
+        self._greeted = False
+
+    def greet(self, timeout: float) -> None:
+        """Before the first call: make sure that somebody answers. What fails here, as `LINK_ERRORS`, had no effect."""
+        if self._greeted:
+            return
+        try:
+            self._channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout)
+        except grpc.RpcError as error:
+            if error.code() in _SILENT:
+                raise
+        self._greeted = True  # or refused: that is an answer too
 
     def unary(self, name: str) -> Any:
         call = self._unary.get(name)
@@ -175,6 +203,10 @@ _REFUSED = re.compile(
     re.IGNORECASE,
 )
 _UNTRUSTED = re.compile(r"certificate_verify_failed|hostname verification|peer name .* is not in", re.IGNORECASE)
+
+
+_SILENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED} if grpc else set()
+"""Codes that gRPC gives by itself, when nobody answers."""
 
 
 def not_connected(error: Exception) -> bool:

@@ -104,8 +104,8 @@ class _Lent(GrpcCluster):
     def _broken(self, error: Exception) -> str:
         if isinstance(error, TypeError) and "Descriptors cannot" in str(error):
             return (
-                f"{self._name}: python-etcd3 cannot be imported beside protobuf 4 or later (here: {_protobuf()}), which "
-                "does not take its generated messages: set PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python in "
+                f"{self._name}: python-etcd3 cannot be imported beside protobuf 4 or later (here: {_protobuf()}), "
+                "which does not take its generated messages: set PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION=python in "
                 'the environment of the worker, or leave the client out and set etcd_lock_transport="grpc"'
             )
         return f"{self._name} gives no etcd3.Etcd3Client: {type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ import copy
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -45,10 +46,13 @@ class Member:
 
     def call(self, name: str, message: Message, headers: Mapping[str, str], timeout: float) -> Message:
         """etcd's reply; raises `NoAnswer` if there is none within `timeout` seconds, and what etcd says instead."""
+        deadline = time.monotonic() + timeout
         link = self._current()
         try:
             with link.using():
-                return link.unary(name)(message, timeout=timeout, metadata=tuple(headers.items()))
+                self._greet(link, timeout)
+                left = max(0.001, deadline - time.monotonic())
+                return link.unary(name)(message, timeout=left, metadata=tuple(headers.items()))
         except LINK_ERRORS as error:
             raise self._failure(link, error) from error
 
@@ -96,8 +100,17 @@ class Member:
     def _current(self) -> Link:
         with self._lock:
             if self._link is None:
-                self._link = Link(self._connect())
+                self._link = Link(self._connect)
             return self._link
+
+    def _greet(self, link: Link, timeout: float) -> None:
+        try:
+            link.greet(timeout)
+        except LINK_ERRORS as error:
+            meaning = self._failure(link, error)
+            if isinstance(meaning, NoAnswer) and meaning.sent:
+                raise NoAnswer("no connection in time", silent=True) from error
+            raise meaning from error
 
     def _retire(self, link: Link) -> None:
         if self._lent:

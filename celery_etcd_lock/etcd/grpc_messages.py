@@ -41,7 +41,10 @@ from celery_etcd_lock.etcd.api import (
 )
 from celery_etcd_lock.etcd.gateway_codec import watch_ended
 
-__all__ = ["Message", "messages"]
+__all__ = ["INSTALLED", "Message", "messages"]
+
+INSTALLED = descriptor_pb2 is not None
+"""Whether there is a protobuf."""
 
 Message: TypeAlias = Any
 """A protobuf message; its class is made at run time, so no type checker knows it."""
