@@ -7,6 +7,7 @@ one. None is as good as not set. All that is wrong is said at once, in one `Conf
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import os
@@ -54,8 +55,10 @@ class Settings:
 
     _: KW_ONLY
     endpoints: tuple[str, ...] = DEFAULT_ENDPOINTS
-    transport: Literal["gateway"] = "gateway"
-    client: None = None
+    transport: Literal["gateway", "grpc"] = "gateway"
+    """`from_app`: where it is not set and `client` is, ``"grpc"``."""
+    client: str | Callable[[], Any] | None = None
+    """What gives an ``etcd3.Etcd3Client``, whose channel and token are then used."""
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     use_ssl: TLS | None = None
@@ -125,6 +128,8 @@ class Settings:
         given = {name: value for name, key in asked.items() if (value := conf.get(key)) is not None}
         if "endpoints" not in given and (endpoints := os.environ.get(ENDPOINTS_VARIABLE)):
             given["endpoints"], spelt["endpoints"] = endpoints, f"{ENDPOINTS_VARIABLE} (in the environment)"
+        if given.get("client") is not None:
+            given.setdefault("transport", "grpc")
         if "beat_ttl" not in given and _is_number(given.get("timeout")):
             given["beat_ttl"] = max(cls.beat_ttl, math.ceil(_RENEWALS * given["timeout"]))
         return cls(**given, spelt=spelt, problems=tuple(names.misspelt(conf)))
@@ -132,7 +137,13 @@ class Settings:
     def connect(self) -> Transport:
         """A transport to this etcd; opens no socket yet."""
         return connect(
-            self.endpoints, timeout=self.timeout, username=self.username, password=self.password, tls=self.use_ssl
+            self.endpoints,
+            timeout=self.timeout,
+            username=self.username,
+            password=self.password,
+            tls=self.use_ssl,
+            transport=self.transport,
+            client=self.client,
         )
 
 
@@ -293,20 +304,31 @@ def _one_of(*choices: object) -> Callable[[str, object], Any]:
     return check
 
 
-def _transport(name: str, value: object) -> Literal["gateway"]:
+def _transport(name: str, value: object) -> object:
     if value == "grpc":
-        raise ConfigError(
-            f"{name}: 'grpc' is not in this version of celery-etcd-lock: write 'gateway', or leave it out"
-        )
-    _one_of("gateway", "grpc")(name, value)
-    return "gateway"
+        missing = [module for module in ("grpc", "google.protobuf") if not _installed(module)]
+        if missing:
+            raise ConfigError(
+                f"{name} is 'grpc', and {missing[0]} is not installed: pip install celery-etcd-lock[grpc]"
+            )
+    return _one_of("gateway", "grpc")(name, value)
 
 
-def _client(name: str, value: object) -> None:
-    if value is not None:
-        raise ConfigError(
-            f"{name} is not in this version of celery-etcd-lock: leave it out, and set etcd_lock_endpoints"
-        )
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _client(name: str, value: object) -> str | Callable[[], Any] | None:
+    if value is None or (isinstance(value, str) and re.fullmatch(r"\w+([.:]\w+)+", value)):
+        return value
+    if hasattr(value, "channel"):
+        raise ConfigError(f"{name} is a client, and gRPC does not survive a fork: write a function that makes one")
+    if not callable(value):
+        raise ConfigError(f"{name} is {value!r}: write a function that gives an etcd3.Etcd3Client, or its dotted path")
+    return value
 
 
 def _secret(name: str, value: object) -> str | None:
@@ -373,6 +395,15 @@ def _contradictions(settings: Settings, names: Mapping[str, str]) -> Iterator[st
             f"{names['use_ssl']} is set, and {where}{names['endpoints']} has {plain}, which is without TLS: "
             f"write https{plain[4:]}"
         )
+    if settings.client:
+        if settings.transport != "grpc":
+            yield f"{names['client']} is set, and {names['transport']} is {settings.transport!r}: write 'grpc'"
+        if settings.use_ssl:
+            yield f"{names['client']} and {names['use_ssl']} are both set: the client has its own, leave one out"
+        if not settings.default_endpoints and not settings.endpoints[0].startswith("memory://"):
+            yield f"{names['client']} and {names['endpoints']} are both set: the client has its own, leave one out"
+    if settings.transport == "grpc" and settings.use_ssl and settings.use_ssl.cert_reqs == "none":
+        yield f"{names['use_ssl']} has cert_reqs 'none', which gRPC cannot do: name the CA, or use the 'gateway'"
     if settings.beat_ttl < _RENEWALS * settings.timeout:
         yield (
             f"{names['beat_ttl']} is {settings.beat_ttl}: write {math.ceil(_RENEWALS * settings.timeout)} or more, the "

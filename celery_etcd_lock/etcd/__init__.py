@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from celery_etcd_lock.etcd.api import TLS, Transport
 
@@ -16,8 +17,13 @@ def connect(
     username: str | None = None,
     password: str | None = None,
     tls: TLS | None = None,
+    transport: Literal["gateway", "grpc"] = "gateway",
+    client: str | Callable[[], Any] | None = None,
 ) -> Transport:
     """A transport to the cluster at `endpoints`: URLs, in a list or separated by commas. Opens no socket yet.
+
+    `client`, a callable or its dotted path, gives an ``etcd3.Etcd3Client``, whose channel and token gRPC then uses
+    instead of `endpoints` and `tls`; see `grpc_client`. `ConfigError` for what cannot be meant, or is not installed.
 
     ``memory://`` or ``memory://NAME`` is a store inside this process, for tests: the same name, the same store.
     """
@@ -27,6 +33,14 @@ def connect(
         from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
 
         return MemoryTransport(MemoryEtcd.shared(urls[0]))
+    if client is not None:
+        from celery_etcd_lock.etcd.grpc_client import ClientTransport
+
+        return ClientTransport(client, timeout=timeout, username=username, password=password)
+    if transport == "grpc":
+        from celery_etcd_lock.etcd.grpc import GrpcTransport
+
+        return GrpcTransport(urls, timeout=timeout, username=username, password=password, tls=tls)
     from celery_etcd_lock.etcd.gateway import GatewayTransport
 
     return GatewayTransport(urls, timeout=timeout, username=username, password=password, tls=tls)

@@ -2,7 +2,7 @@
 
 One request is one POST on a kept-alive connection; a watch is a POST whose answer goes on, one message a line,
 on a connection of its own. The modules beside this one, from the ground up: `gateway_codec` (values and JSON),
-`gateway_http` (one member's sockets), `gateway_cluster` (which member, how long, as whom).
+`gateway_http` (one member's sockets), `cluster` (which member, how long, as whom).
 """
 
 from __future__ import annotations
@@ -27,12 +27,45 @@ from celery_etcd_lock.etcd.api import (
     Watch,
     WatchReply,
 )
-from celery_etcd_lock.etcd.gateway_cluster import Cluster
+from celery_etcd_lock.etcd.cluster import Attempt, Cluster, checked
 from celery_etcd_lock.etcd.gateway_codec import Json, NoAnswer, TokenRefused, judge
 from celery_etcd_lock.etcd.gateway_http import Endpoint, Stream
 from celery_etcd_lock.exceptions import AuthRejected, EtcdUnavailable
 
 __all__ = ["GatewayTransport", "GatewayWatch"]
+
+
+class GatewayCluster(Cluster[Endpoint]):
+    """See `Cluster`."""
+
+    anonymous: Mapping[str, str] = {
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",
+        "User-Agent": "celery-etcd-lock",
+        # a member that has lost its leader says so, instead of letting us wait
+        "Grpc-Metadata-hasleader": "true",
+    }
+
+    def __init__(
+        self, urls: Sequence[str], timeout: float, username: str | None, password: str | None, tls: TLS | None
+    ) -> None:
+        different, context = checked(urls, tls)
+        super().__init__([Endpoint(url, context) for url in different], timeout, username, password)
+
+    def authenticate(self, endpoint: Endpoint, timeout: float) -> Mapping[str, str]:
+        body = codec.dump({"name": self._username, "password": self._password})
+        reply = self.posting("/v3/auth/authenticate", body)(endpoint, self.anonymous, timeout)
+        return {**self.anonymous, "Authorization": str(reply.get("token", ""))}
+
+    def posting(self, path: str, body: str) -> Attempt[Endpoint, Json]:
+        """The attempt that sends `body` and returns what comes back."""
+
+        def post(endpoint: Endpoint, headers: Mapping[str, str], timeout: float) -> Json:
+            self.count_request()
+            status, answer = endpoint.post(path, body, headers, timeout)
+            return judge(endpoint.url, status, answer)
+
+        return post
 
 
 class GatewayTransport:
@@ -51,7 +84,7 @@ class GatewayTransport:
         password: str | None = None,
         tls: TLS | None = None,
     ) -> None:
-        self._cluster = Cluster(endpoints, timeout, username, password, tls)
+        self._cluster = GatewayCluster(endpoints, timeout, username, password, tls)
         self._endpoints = tuple(endpoints)
 
     def __repr__(self) -> str:
@@ -124,7 +157,7 @@ class GatewayTransport:
 class GatewayWatch:
     """See `api.WatchStream`. It also ends when another call finds that its member no longer answers."""
 
-    def __init__(self, cluster: Cluster, request: Watch) -> None:
+    def __init__(self, cluster: GatewayCluster, request: Watch) -> None:
         self._cluster = cluster
         self._body = codec.dump(codec.watch_out(request))
         self._pid = os.getpid()

@@ -33,7 +33,7 @@ from celery_etcd_lock.etcd.api import (
 )
 from celery_etcd_lock.exceptions import AuthRejected, Compacted, EtcdRejected, LeaseNotFound, NoSpace
 
-__all__ = ["Json", "NoAnswer", "TokenRefused", "dump", "judge", "server_error"]
+__all__ = ["Json", "NoAnswer", "TokenRefused", "dump", "judge", "server_error", "watch_ended"]
 
 Json: TypeAlias = "dict[str, Any]"
 
@@ -249,10 +249,7 @@ def status_in(reply: Json, endpoint: str) -> Status:
 def watch_in(result: Json) -> WatchReply:
     """One message of a watch. Raises what a canceled one means; `TokenRefused` and `NoAnswer` too."""
     if result.get("canceled"):
-        reason = result.get("cancel_reason", "")
-        if "compact_revision" in result:
-            raise Compacted(f"what was watched from is compacted up to revision {result['compact_revision']}", 11)
-        raise server_error(reason or "etcd canceled the watch", 14 if "code = " not in reason else _code_of(reason))
+        raise watch_ended(result.get("cancel_reason", ""), int(result.get("compact_revision", 0)))
     events = tuple(
         Event("delete" if event.get("type") == "DELETE" else "put", _key_value_in(event["kv"]))
         for event in result.get("events", ())
@@ -271,6 +268,13 @@ _WANTS_TOKEN = ("invalid auth token", "auth store is old", "user name is empty")
 def _code_of(reason: str) -> int:
     name = reason.partition("code = ")[2].partition(" ")[0]
     return _CODES.get(name, 14)
+
+
+def watch_ended(reason: str, compact_revision: int) -> Exception:
+    """The exception for a watch that etcd has canceled for `reason`."""
+    if compact_revision:
+        return Compacted(f"what was watched from is compacted up to revision {compact_revision}", 11)
+    return server_error(reason or "etcd canceled the watch", 14 if "code = " not in reason else _code_of(reason))
 
 
 def server_error(message: str, code: int) -> Exception:

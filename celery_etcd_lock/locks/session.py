@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Literal
 
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import (
@@ -130,17 +131,21 @@ class Session:
         username: str | None = None,
         password: str | None = None,
         tls: TLS | None = None,
+        transport: Literal["gateway", "grpc"] = "gateway",
     ) -> Session:
         """A session with the etcd at `endpoints`: URLs, in a list or separated by commas.
 
-        `timeout`: seconds for one etcd request, over all endpoints tried. `EtcdUnavailable` if none answers,
+        `timeout`: seconds for one etcd request, over all endpoints tried. `transport` ``"grpc"`` needs the extra
+        of that name. `EtcdUnavailable` if none answers,
         `AuthRejected` if it does not let us in, `ConfigError` for what cannot be meant.
         """
-        transport = connect(endpoints, timeout=timeout, username=username, password=password, tls=tls)
+        connected = connect(
+            endpoints, timeout=timeout, username=username, password=password, tls=tls, transport=transport
+        )
         try:
-            session = cls(transport, ttl=ttl, namespace=namespace)
+            session = cls(connected, ttl=ttl, namespace=namespace)
         except BaseException:
-            transport.close()
+            connected.close()
             raise
         session._owns_transport = True
         return session

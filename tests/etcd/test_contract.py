@@ -34,8 +34,10 @@ from celery_etcd_lock.etcd.api import (
     prefix_end,
 )
 from celery_etcd_lock.etcd.gateway import GatewayTransport
+from celery_etcd_lock.etcd.grpc import GrpcTransport
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
-from celery_etcd_lock.exceptions import Compacted, EtcdLockError, EtcdRejected, LeaseNotFound
+from celery_etcd_lock.exceptions import Compacted, ConfigError, EtcdLockError, EtcdRejected, LeaseNotFound
+from tests.servers import skip_or_fail
 
 NO_SUCH_LEASE = 0x1234_5678_9ABC_DEF0
 
@@ -73,7 +75,7 @@ class Store:
         return self.transport.txn(Txn(compare, [])).succeeded
 
 
-@pytest.fixture(params=["gateway", "memory"])
+@pytest.fixture(params=["gateway", "memory", "grpc"])
 def store(request: pytest.FixtureRequest, prefix: str) -> Iterator[Store]:
     if request.param == "memory":
         memory = MemoryEtcd()
@@ -81,7 +83,7 @@ def store(request: pytest.FixtureRequest, prefix: str) -> Iterator[Store]:
         compact = memory.compact
     else:
         url = request.getfixturevalue("etcd").url
-        transport = GatewayTransport([url])
+        transport = grpc_transport([url]) if request.param == "grpc" else GatewayTransport([url])
 
         def compact(revision: int) -> None:
             body = json.dumps({"revision": revision, "physical": True}).encode()
@@ -89,6 +91,13 @@ def store(request: pytest.FixtureRequest, prefix: str) -> Iterator[Store]:
 
     yield Store(transport, prefix, compact)
     transport.close()
+
+
+def grpc_transport(urls: list[str]) -> Transport:
+    try:
+        return GrpcTransport(urls)
+    except ConfigError as missing:
+        skip_or_fail(missing)
 
 
 class Reader:

@@ -14,14 +14,16 @@ import pytest
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Transport
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
+from celery_etcd_lock.exceptions import ConfigError
 from celery_etcd_lock.locks import Session
+from tests.servers import skip_or_fail
 
 OpenSession = Callable[..., Session]
 
 
-@pytest.fixture(params=["memory", "gateway"])
+@pytest.fixture(params=["memory", "gateway", "grpc"])
 def new_transport(request: pytest.FixtureRequest) -> Iterator[Callable[[], Transport]]:
-    """Makes clients of one etcd: the one in memory, and the real one through its gateway."""
+    """Makes clients of one etcd: the one in memory, and the real one through its gateway and over gRPC."""
     made: list[Transport] = []
     if request.param == "memory":
         store = MemoryEtcd()
@@ -32,7 +34,10 @@ def new_transport(request: pytest.FixtureRequest) -> Iterator[Callable[[], Trans
         url = request.getfixturevalue("etcd").url
 
         def new() -> Transport:
-            made.append(connect(url))
+            try:
+                made.append(connect(url, transport=request.param))
+            except ConfigError as missing:
+                skip_or_fail(missing)
             return made[-1]
 
     yield new

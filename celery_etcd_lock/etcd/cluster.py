@@ -1,5 +1,7 @@
 """Which member of the cluster a request goes to, for how long, and as whom: rotation, log-in, forks.
 
+The same for every transport that has a network below it; what a member is, and how to log in, is the transport's.
+
 A request goes to the endpoint that worked last. When that does not answer within its share of the time, the
 next one is asked, and so on round and round until the time is used up; a round in which nobody was there at
 all, or everybody said the same definite no, ends it at once.
@@ -10,15 +12,17 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import ssl
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 from weakref import WeakSet
 
 from celery_etcd_lock.etcd.api import TLS
-from celery_etcd_lock.etcd.gateway_codec import Json, NoAnswer, TokenRefused, dump, judge
-from celery_etcd_lock.etcd.gateway_http import Endpoint, checked_url, tls_context
+from celery_etcd_lock.etcd.gateway_codec import NoAnswer, TokenRefused
+from celery_etcd_lock.etcd.gateway_http import checked_url, tls_context
 from celery_etcd_lock.exceptions import (
     AuthRejected,
     Compacted,
@@ -29,53 +33,75 @@ from celery_etcd_lock.exceptions import (
     NoSpace,
 )
 
-__all__ = ["Attempt", "Cluster"]
+__all__ = ["Attempt", "Cluster", "Member", "checked"]
 
-_HEADERS: Mapping[str, str] = {
-    "Content-Type": "application/json",
-    "Accept-Encoding": "identity",
-    "User-Agent": "celery-etcd-lock",
-    # a member that has lost its leader says so, instead of letting us wait
-    "Grpc-Metadata-hasleader": "true",
-}
+
+class Member(Protocol):
+    """What a cluster needs to know of one of its endpoints."""
+
+    url: str
+
+    def drop_streams(self, why: str) -> None:
+        """End every stream from this member, because it no longer answers."""
+
+    def close(self) -> None: ...
+
+    def after_fork(self) -> None:
+        """In the child: leave the parent's connections alone, and start over."""
+
+
+def checked(urls: Sequence[str], tls: TLS | None) -> tuple[list[str], ssl.SSLContext | None]:
+    """The different ones among `urls`, and what those with https need. `ConfigError` for what cannot be meant."""
+    if isinstance(urls, str):
+        raise ConfigError("etcd endpoints are a list of URLs, not one text")
+    if not urls:
+        raise ConfigError("no etcd endpoint is given: write one like http://127.0.0.1:2379")
+    different = list(dict.fromkeys(map(checked_url, urls)))
+    plain = [url for url in different if url.startswith("http://")]
+    if tls and plain:
+        raise ConfigError(f"TLS is set, and the etcd endpoint {plain[0]} is without: write https://")
+    return different, tls_context(tls or TLS()) if len(plain) < len(different) else None
+
 
 T = TypeVar("T")
-Attempt: TypeAlias = Callable[[Endpoint, Mapping[str, str], float], T]
+E = TypeVar("E", bound=Member)
+Attempt: TypeAlias = Callable[[E, Mapping[str, str], float], T]
 """Something to try on an endpoint, with headers, within a number of seconds; it raises `NoAnswer` to go on."""
 
 
-class Cluster:
-    """The members at `urls`, shared by threads and left alone by forks. Opens no socket by itself.
+class Cluster(ABC, Generic[E]):
+    """The members `endpoints`, shared by threads and left alone by forks. Opens no socket by itself.
 
     `timeout` is what a request without one of its own may take, in seconds. `ConfigError` for what cannot be
     meant.
     """
 
-    def __init__(
-        self, urls: Sequence[str], timeout: float, username: str | None, password: str | None, tls: TLS | None
-    ) -> None:
-        if isinstance(urls, str):
-            raise ConfigError("etcd endpoints are a list of URLs, not one text")
-        if not urls:
-            raise ConfigError("no etcd endpoint is given: write one like http://127.0.0.1:2379")
+    anonymous: Mapping[str, str]
+    """The headers of a request without a token."""
+
+    def __init__(self, endpoints: Sequence[E], timeout: float, username: str | None, password: str | None) -> None:
         if timeout <= 0:
             raise ConfigError(f"the etcd timeout is {timeout!r}, and must be more than 0 seconds")
         if (username is None) != (password is None):
             raise ConfigError("etcd's user name and password go together: set both, or none")
-        checked = list(dict.fromkeys(map(checked_url, urls)))
-        plain = [url for url in checked if url.startswith("http://")]
-        if tls and plain:
-            raise ConfigError(f"TLS is set, and the etcd endpoint {plain[0]} is without: write https://")
-        context = tls_context(tls or TLS()) if len(plain) < len(checked) else None
         self.timeout = timeout
         self.closed = False
         self.requests = 0
-        self.endpoints = [Endpoint(url, context) for url in checked]
+        self.endpoints = list(endpoints)
         self._username = username
         self._password = password
-        self._headers: Mapping[str, str] | None = _HEADERS if username is None else None
+        self._headers: Mapping[str, str] | None = None if self.logs_in else self.anonymous
         self._start()
         _clusters.add(self)
+
+    @property
+    def logs_in(self) -> bool:
+        """Whether there is a way to get a token."""
+        return self._username is not None
+
+    @abstractmethod
+    def authenticate(self, endpoint: E, timeout: float) -> Mapping[str, str]:
+        """Headers with a new token. Raises what the answer means, or `NoAnswer`, as any attempt."""
 
     def _start(self) -> None:
         self._counting = threading.RLock()  # a signal's handler may send while the main thread counts
@@ -97,17 +123,7 @@ class Cluster:
         with self._counting:
             self.requests += 1
 
-    def posting(self, path: str, body: str) -> Attempt[Json]:
-        """The attempt that sends `body` and returns what comes back."""
-
-        def post(endpoint: Endpoint, headers: Mapping[str, str], timeout: float) -> Json:
-            self.count_request()
-            status, answer = endpoint.post(path, body, headers, timeout)
-            return judge(endpoint.url, status, answer)
-
-        return post
-
-    def everywhere(self, attempt: Attempt[T], timeout: float | None = None) -> tuple[T, bool]:
+    def everywhere(self, attempt: Attempt[E, T], timeout: float | None = None) -> tuple[T, bool]:
         """`attempt`, on one endpoint after the other, with headers and a timeout, until it returns.
 
         Its result, and whether an attempt before it is without an answer. `EtcdUnavailable` after `timeout`
@@ -116,7 +132,7 @@ class Cluster:
         total = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + total
         share = total / (len(self.endpoints) + 1)
-        failures: dict[Endpoint, NoAnswer] = {}
+        failures: dict[E, NoAnswer] = {}
         unanswered = False
         for number in itertools.count(1):
             current = self._current
@@ -145,7 +161,7 @@ class Cluster:
                 time.sleep(max(0.0, min(random.uniform(0.02, 0.1), deadline - time.monotonic())))
         raise self.nobody(failures, total, unanswered)
 
-    def on_one(self, endpoint: Endpoint, attempt: Attempt[T], timeout: float) -> T:
+    def on_one(self, endpoint: E, attempt: Attempt[E, T], timeout: float) -> T:
         """`attempt` on one endpoint; once more, with a new token, if etcd does not like the one we have."""
         deadline = time.monotonic() + timeout
         if self.closed:
@@ -154,12 +170,12 @@ class Cluster:
         try:
             return attempt(endpoint, headers, timeout)
         except TokenRefused as error:
-            if self._username is None:
+            if not self.logs_in:
                 raise AuthRejected(f"{endpoint.url}: {error}; set etcd's user name and password", error.code) from error
         except NoAnswer as failure:
             if failure.silent:
                 endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")
-            if failure.hung_up and headers is not _HEADERS and self._headers is headers:
+            if failure.hung_up and headers is not self.anonymous and self._headers is headers:
                 self._headers = None  # some versions have no better answer to an old token
             raise
         try:
@@ -168,7 +184,7 @@ class Cluster:
         except TokenRefused as error:
             raise AuthRejected(f"{endpoint.url}: {error}, even after logging in again", error.code) from error
 
-    def nobody(self, failures: Mapping[Endpoint, NoAnswer], total: float, unanswered: bool) -> Exception:
+    def nobody(self, failures: Mapping[E, NoAnswer], total: float, unanswered: bool) -> Exception:
         """What to raise after these `failures`, within `total` seconds."""
         verdicts = [failure.verdict for failure in failures.values() if failure.verdict]
         if verdicts and len(verdicts) == len(failures) and not unanswered:
@@ -180,7 +196,7 @@ class Cluster:
 
     # -- who we are
 
-    def _log_in(self, endpoint: Endpoint, refused: Mapping[str, str] | None, deadline: float) -> Mapping[str, str]:
+    def _log_in(self, endpoint: E, refused: Mapping[str, str] | None, deadline: float) -> Mapping[str, str]:
         """Headers with a token other than in `refused`: somebody else's new one, or ours. One log-in at a time."""
         if not self._logging_in.acquire(timeout=max(0.0, deadline - time.monotonic())):
             raise NoAnswer("another thread's log-in takes too long")
@@ -192,26 +208,24 @@ class Cluster:
         finally:
             self._logging_in.release()
 
-    def _with_token(self, endpoint: Endpoint, timeout: float) -> Mapping[str, str]:
-        body = dump({"name": self._username, "password": self._password})
+    def _with_token(self, endpoint: E, timeout: float) -> Mapping[str, str]:
         try:
-            reply = self.posting("/v3/auth/authenticate", body)(endpoint, _HEADERS, timeout)
+            return self.authenticate(endpoint, timeout)
         except NoAnswer as failure:
             if failure.silent:
                 endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")
             raise NoAnswer(f"log-in: {failure.why}", refused=failure.refused, verdict=failure.verdict) from failure
         except EtcdRejected as error:
             if "authentication is not enabled" in str(error):
-                return dict(_HEADERS)
+                return dict(self.anonymous)
             if "authentication failed" in str(error):
                 raise AuthRejected(
                     f"{endpoint.url} does not accept user {self._username!r} with this password", error.code
                 ) from error
             raise AuthRejected(f"{endpoint.url}: {error}", error.code) from error
-        return {**_HEADERS, "Authorization": str(reply.get("token", ""))}
 
 
-_clusters: WeakSet[Cluster] = WeakSet()
+_clusters: WeakSet[Cluster[Any]] = WeakSet()
 
 
 def _after_fork_in_child() -> None:
