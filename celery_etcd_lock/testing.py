@@ -198,8 +198,9 @@ class EtcdServer:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """SIGSTOP: its sockets stay open, and nobody answers on them."""
+        """SIGSTOP, and wait until all of it stands still: its sockets stay open, and nobody answers on them."""
         self._started().send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT."""

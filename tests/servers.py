@@ -165,8 +165,8 @@ class RedisServer:
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """SIGSTOP: its sockets stay open, and nobody answers on them."""
-        self._signal(signal.SIGSTOP)
+        """SIGSTOP, and wait until all of it stands still: its sockets stay open, and nobody answers on them."""
+        os.waitid(os.P_PID, self._signal(signal.SIGSTOP), os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """SIGCONT."""
@@ -182,10 +182,11 @@ class RedisServer:
             self._folder = None
         atexit.unregister(self.close)
 
-    def _signal(self, number: signal.Signals) -> None:
+    def _signal(self, number: signal.Signals) -> int:
         if self._process is None or not self.running:
             raise RuntimeError(f"{self!r} is not running")
         self._process.send_signal(number)
+        return self._process.pid
 
     def _end(self, number: signal.Signals) -> None:
         process = self._process
