@@ -43,6 +43,7 @@ class Contender:
         "name",
         "nonce",
         "on_lost",
+        "refused",
         "thread",
         "unanswered",
     )
@@ -60,6 +61,8 @@ class Contender:
         """A request that names the key lacks an answer."""
         self.lost: str | None = None
         """Why it can no longer be trusted."""
+        self.refused = False
+        """etcd has refused its removal, which was said."""
         self.gone = False
         """Surely not in etcd any more."""
         self.on_lost: list[Callable[[str], None]] = []
@@ -77,6 +80,8 @@ class Contenders:
         self._burnt: set[str] = set()
         self._unfinished: list[Contender] = []
         self._epoch_due = False
+        self.refused = 0
+        """How often in a row etcd has refused a removal."""
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -177,13 +182,17 @@ class Contenders:
             return "lost"
         except EtcdLockError as error:
             if not isinstance(error, EtcdUnavailable):
-                logger.warning("etcd_lock.removal_refused: %s: %s", contender.key, error)
+                self.refused += 1
+                if not contender.refused:
+                    contender.refused = True
+                    logger.warning("etcd_lock.removal_refused: %s: %s", contender.key, error)
             self._later(contender)
             return "unanswered"
         except BaseException:
             # The exception of a signal came between the request and its answer.
             self._later(contender)
             raise
+        self.refused = 0
         contender.unanswered |= reply.header.unanswered
         self._forget(contender)
         # Not there: gone without us, unless one of our own tries that got no answer was carried out after all.
