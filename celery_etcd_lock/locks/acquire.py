@@ -23,6 +23,7 @@ from celery_etcd_lock.exceptions import (
     LockContended,
     LockLost,
     LockTimeout,
+    NoSpace,
 )
 from celery_etcd_lock.locks import queue
 from celery_etcd_lock.locks.contender import Contender
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 _PAUSE = 0.2
 """Seconds between two looks while etcd does not answer."""
+
+_PAUSE_WHEN_FULL = 1.0
+"""The same while it is full and therefore, before 3.5.7, refuses to look: that lasts until somebody makes room."""
 
 
 def acquire(
@@ -51,8 +55,8 @@ def acquire(
 
     Not `blocking`: `LockContended` at once if it cannot be had, and no trace of the attempt is left. Else it waits
     its turn, for `timeout` seconds (None: for ever): `LockTimeout`. Both name one who keeps us out. `LockLost` if
-    the session is lost meanwhile, `EtcdUnavailable` if etcd does not answer the first request. Whatever exception
-    ends it, one of a signal's handler among them, the contender goes.
+    the session is lost meanwhile, `EtcdUnavailable` if etcd does not answer the first request, `NoSpace` if it
+    is full. Whatever exception ends it, one of a signal's handler among them, the contender goes.
 
     With a ``task_id`` in `describe` it also excludes every other contender that says the same. `value` is put as it
     is, instead of a description (an election's).
@@ -189,8 +193,8 @@ class _Attempt:
             woken.clear()
             try:
                 ahead, revision = self.look()
-            except EtcdUnavailable:
-                self.pause(woken, until, _PAUSE)
+            except EtcdUnavailable as error:
+                self.pause(woken, until, _PAUSE_WHEN_FULL if isinstance(error, NoSpace) else _PAUSE)
                 continue
             if not ahead:
                 return self.held(self.contender.create_revision, revision)

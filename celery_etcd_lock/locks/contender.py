@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from celery_etcd_lock.etcd.api import Delete, KeyValue, Range, Txn, created_at
+from celery_etcd_lock.etcd.api import Delete, Header, KeyValue, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LeaseNotFound, NoSpace
 from celery_etcd_lock.locks.queue import Kind, contender_key, is_contender
 
@@ -165,12 +165,13 @@ class Contenders:
         try:
             try:
                 reply = self._session.txn(removal, timeout=timeout)
+                header, was_there = reply.header, reply.succeeded
                 if contender.unanswered:
-                    self._session.epoch_is(reply.header.revision)
+                    self._session.epoch_is(header.revision)
             except NoSpace:
-                # A put is refused, a bare delete is not. The epoch follows when there is room again.
-                reply = self._session.txn(self._bare_removal(contender), timeout=timeout)
-                self._epoch_due = True
+                # A put is refused, a delete is not. The epoch follows when there is room again.
+                header, was_there = self._delete(contender.key, contender.create_revision, timeout)
+                self._epoch_due = self._epoch_due or contender.unanswered
         except LeaseNotFound:
             self._session.lease_gone()
             self._forget(contender)
@@ -184,10 +185,24 @@ class Contenders:
             # The exception of a signal came between the request and its answer.
             self._later(contender)
             raise
-        contender.unanswered |= reply.header.unanswered
+        contender.unanswered |= header.unanswered
         self._forget(contender)
         # Not there: gone without us, unless one of our own tries that got no answer was carried out after all.
-        return "released" if reply.succeeded or contender.unanswered else "lost"
+        return "released" if was_there or contender.unanswered else "lost"
+
+    def _delete(self, key: str, revision: int, timeout: float | None = None) -> tuple[Header, bool]:
+        """Delete `key`, if it was created at `revision` (0: whenever), in an etcd that is full. Was it there?"""
+        try:
+            reply = self._session.txn(_deletion(key, revision), timeout=timeout)
+        except NoSpace:
+            # Before 3.5.7 a full etcd takes no transaction at all. Nobody but us makes keys of this name, and if the
+            # answer stays out it is burnt: so two requests do as well as one.
+            found = self._session.transport.range(Range(key), timeout=timeout)
+            if not found.kvs or revision not in {0, found.kvs[0].create_revision}:
+                return found.header, False
+            deleted = self._session.transport.delete(Delete(key), timeout=timeout)
+            return deleted.header, deleted.deleted > 0
+        return reply.header, reply.succeeded
 
     def remove_later(self, contender: Contender) -> None:
         """Leave it to the session to take `contender` out of its queue: etcd does not answer now."""
@@ -198,16 +213,11 @@ class Contenders:
 
     def _removal(self, contender: Contender) -> Txn | None:
         """What to send so that the key is gone and stays gone; None if no request ever named it."""
+        bare = _deletion(contender.key, contender.create_revision)
         if not contender.unanswered:
-            return self._bare_removal(contender) if contender.create_revision else None
-        bare = self._bare_removal(contender)
+            return bare if contender.create_revision else None
         own_key = self._session.own_key
         return Txn(bare.compare, [*bare.success, own_key], [own_key])
-
-    def _bare_removal(self, contender: Contender) -> Txn:
-        # Without a revision to compare: the name carries our lease and is burnt, so it is nobody else's ever.
-        revision = contender.create_revision
-        return Txn([created_at(contender.key, revision)] if revision else [], [Delete(contender.key)])
 
     def _forget(self, contender: Contender) -> None:
         with self._lock:
@@ -288,4 +298,13 @@ class Contenders:
                 return
             self._burnt.add(key)
         logger.warning("etcd_lock.stray_removed: %s was made by a request of ours that came late", key)
-        self._session.txn(Txn([created_at(key, kvs[0].create_revision)], [Delete(key), self._session.own_key]))
+        try:
+            self._session.txn(Txn([created_at(key, kvs[0].create_revision)], [Delete(key), self._session.own_key]))
+        except NoSpace:
+            self._delete(key, kvs[0].create_revision)
+            self._epoch_due = True
+
+
+def _deletion(key: str, revision: int) -> Txn:
+    """Deletes `key` if it was created at `revision`. 0: whenever; its name is burnt, so it is nobody else's ever."""
+    return Txn([created_at(key, revision)] if revision else [], [Delete(key)])
