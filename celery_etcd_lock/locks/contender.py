@@ -63,8 +63,9 @@ class Contender:
         self.gone = False
         """Surely not in etcd any more."""
         self.on_lost: list[Callable[[str], None]] = []
-        self.listeners: set[threading.Event] = set()
-        """Set when it goes away, for local contenders that wait behind it: they need no watch."""
+        self.listeners: dict[threading.Event, int] = {}
+        """Set when it goes away, for local contenders that wait behind it: they need no watch. With each the create
+        revision of the key that it waits for."""
 
 
 class Contenders:
@@ -95,25 +96,36 @@ class Contenders:
         with self._lock:
             self._burnt.add(contender.key)
             self._by_key.pop(contender.key, None)
+            for event in contender.listeners:
+                event.set()  # it is not ours that they wait for
             return self.take(contender.name, contender.kind, contender.nonce)
+
+    def created(self, contender: Contender, revision: int) -> None:
+        """Take note that the key of `contender` was created at `revision`."""
+        with self._lock:
+            contender.create_revision = revision
+            # Who has seen another key of that name has seen one that is gone.
+            deceived = [event for event, seen in contender.listeners.items() if seen != revision]
+        for event in deceived:
+            event.set()
 
     @contextmanager
     def listening(self, ahead: Collection[KeyValue], event: threading.Event) -> Iterator[list[str]]:
         """Set `event` when one of `ahead` that is ours goes away. Gives the others' keys: somebody must watch those."""
         with self._lock:
             found = [(kv, each) for kv in ahead if (each := self._by_key.get(kv.key)) is not None and not each.lost]
-            if any(each.create_revision != kv.create_revision for kv, each in found):
+            if any(each.create_revision not in {0, kv.create_revision} for kv, each in found):
                 event.set()  # its name is in use again: the one that was seen is gone
             ours = [each for _, each in found]
-            for contender in ours:
-                contender.listeners.add(event)
+            for kv, contender in found:
+                contender.listeners[event] = kv.create_revision
         try:
             local = {contender.key for contender in ours}
             yield [kv.key for kv in ahead if kv.key not in local]
         finally:
             with self._lock:
                 for contender in ours:
-                    contender.listeners.discard(event)
+                    contender.listeners.pop(event, None)
 
     def waits_for_own_thread(self, contender: Contender) -> bool:
         """Whether the very thread that took `contender` has another in the same queue: it holds that."""
