@@ -117,6 +117,7 @@ class Cluster(ABC, Generic[E]):
         self._logging_in = threading.Lock()
         self._refusal: AuthRejected | None = None
         self._refused_until = self._refused_for = 0.0
+        self._known: set[E] = set()
         self._current = random.randrange(len(self.endpoints))
 
     def after_fork(self) -> None:
@@ -200,13 +201,17 @@ class Cluster(ABC, Generic[E]):
     def _try(self, endpoint: E, attempt: Attempt[E, T], headers: Mapping[str, str], deadline: float) -> T:
         """`attempt`; says more of it than it knows itself: who may not do this, and whether it is for TLS."""
         try:
-            return attempt(endpoint, headers, max(0.001, deadline - time.monotonic()))
+            result = attempt(endpoint, headers, max(0.001, deadline - time.monotonic()))
         except PermissionDenied as error:
             raise self._denied(endpoint, error) from error
         except NoAnswer as failure:
-            if failure.unclear and (seen := endpoint.look(deadline - time.monotonic())) is not None:
+            # One that has answered before is dying, rather; then the next should be asked without delay.
+            look = failure.unclear and endpoint not in self._known
+            if look and (seen := endpoint.look(deadline - time.monotonic())) is not None:
                 raise seen from failure
             raise
+        self._known.add(endpoint)
+        return result
 
     def _denied(self, endpoint: E, error: PermissionDenied) -> PermissionDenied:
         who = "the user of our client certificate" if self._username is None else f"user {self._username!r}"
