@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from celery_etcd_lock.testing import EtcdNotFound, EtcdServer, find_etcd
+from tests.servers import etcd3_environment
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +23,12 @@ def etcd() -> Iterator[EtcdServer]:
         pytest.skip(str(missing))
     with EtcdServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def with_etcd3() -> dict[str, str]:
+    """The environment of a process that can import the real ``etcd3``."""
+    return etcd3_environment()
 
 
 @pytest.fixture

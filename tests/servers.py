@@ -1,4 +1,4 @@
-"""A real Redis for tests: finds a redis-server, or fetches one, and runs it.
+"""A real Redis for tests: finds a redis-server, or fetches one, and runs it. And the ``etcd3`` package, fetched.
 
 `RedisServer` listens on a free loopback port, keeps nothing on disk, and goes when its ``with`` block or the
 process that started it ends. (Its like for etcd is in `celery_etcd_lock.testing`.) Needs nothing but Python.
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-__all__ = ["RedisNotFound", "RedisServer", "find_redis", "skip_or_fail"]
+__all__ = ["RedisNotFound", "RedisServer", "etcd3_environment", "find_redis", "skip_or_fail"]
 
 _TOOLS = Path(__file__).resolve().parent.parent / ".tools"
 
@@ -97,6 +97,23 @@ def _succeeds(command: list[str]) -> bool:
     except OSError:
         return False
     return done.returncode == 0
+
+
+def etcd3_environment() -> dict[str, str]:
+    """The variables with which a Python like this one can import the real ``etcd3``: fetched by pip, in pure Python.
+
+    It is put beside the installed packages and not among them, so that nobody else meets it, nor its protobuf.
+    """
+    folder = _TOOLS / "etcd3-0.12.0"
+    if not (folder / "complete").exists():
+        # Not its other requirements, grpcio and protobuf: those are there, newer than it has ever seen.
+        wanted = ["--no-deps", "etcd3==0.12.0", "six==1.17.0", "tenacity==9.1.2"]
+        if not _succeeds([sys.executable, "-m", "pip", "install", f"--target={folder}", "--upgrade", *wanted]):
+            shutil.rmtree(folder, ignore_errors=True)
+            skip_or_fail("the package etcd3 0.12.0 is not here, and pip cannot fetch it")
+        (folder / "complete").touch()
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
 
 
 class RedisServer:
