@@ -72,7 +72,7 @@ def ready() -> None:
         raise ConfigError("etcd over gRPC needs grpcio and protobuf: pip install celery-etcd-lock[grpc]")
     eventlet, gevent = sys.modules.get("eventlet.patcher"), sys.modules.get("gevent.monkey")
     if eventlet and eventlet.is_monkey_patched("socket"):
-        raise ConfigError('gRPC does not work under eventlet: leave it at etcd_lock_transport="gateway"')
+        raise ConfigError('gRPC does not work under eventlet: set etcd_lock_transport="gateway", and no client')
     if gevent and gevent.is_module_patched("socket"):
         _speak_gevent()
 

@@ -119,12 +119,12 @@ def test_the_channel_stays_open(etcd: EtcdServer, lent: SimpleNamespace, prefix:
         stream = session.transport.watch(Watch(prefix))
         assert next(iter(stream)).events == ()
     assert asked == [1]
-    healthy = lent.channel.unary_unary("/grpc.health.v1.Health/Check")
-    assert healthy(b"", timeout=20)
     deadline = time.monotonic() + 20
     while left := [each for each in set(threading.enumerate()) - threads if each.name.startswith("etcd-lock")]:
         assert time.monotonic() < deadline, left
         time.sleep(0.01)
+    healthy = lent.channel.unary_unary("/grpc.health.v1.Health/Check")
+    assert healthy(b"", timeout=20)  # and only now: whoever was the last to use it would have closed it
 
 
 def test_a_token_that_the_client_has(etcd: EtcdServer) -> None:

@@ -27,6 +27,8 @@ from celery_etcd_lock.etcd.grpc import GrpcTransport, GrpcWatch
 from celery_etcd_lock.etcd.grpc_channel import failure
 from celery_etcd_lock.etcd.grpc_messages import messages
 from celery_etcd_lock.exceptions import AuthRejected, ConfigError, EtcdRejected, EtcdUnavailable, NoSpace
+from celery_etcd_lock.locks import Session
+from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.testing import EtcdCluster, EtcdServer, ServerTLS
 from tests.etcd.test_gateway import Certificates, Listener, etcdctl
 from tests.servers import skip_or_fail
@@ -136,10 +138,12 @@ except ConfigError as error:
 
 
 def test_under_eventlet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where sockets are eventlet's, gRPC is refused, and the way out named."""
+    """Where sockets are eventlet's, gRPC is refused, and the way out named; a worker does not start."""
     monkeypatch.setitem(sys.modules, "eventlet.patcher", SimpleNamespace(is_monkey_patched=lambda name: True))
-    with pytest.raises(ConfigError, match="gateway"):
-        GrpcTransport(["http://127.0.0.1:1"])
+    for refused in (lambda: GrpcTransport(["http://127.0.0.1:1"]), Settings(transport="grpc").check_here):
+        with pytest.raises(ConfigError, match="gateway"):
+            refused()
+    Settings(transport="grpc", enabled=False).check_here()
 
 
 # -- members that fail
@@ -205,8 +209,15 @@ def test_a_member_that_comes_back(prefix: str) -> None:
 
 
 def test_a_stopped_member_does_not_hold_up_the_others(prefix: str) -> None:
-    """SIGSTOP, one of three: reads, writes, renewals and new watches go on within the timeout; old watches end."""
-    with EtcdCluster() as cluster, closing(GrpcTransport(cluster.endpoints, timeout=6)) as transport:
+    """SIGSTOP, one of three: reads, writes, renewals and new watches go on within the timeout; old watches end.
+
+    And a session whose renewals went to that member is not lost.
+    """
+    with (
+        EtcdCluster() as cluster,
+        closing(GrpcTransport(cluster.endpoints, timeout=6)) as transport,
+        closing(GrpcTransport(cluster.endpoints, timeout=6)) as renewing,
+    ):
         stopped = next(member for member in cluster.members if member is not cluster.leader())
         index = cluster.members.index(stopped)
         transport.status()
@@ -214,7 +225,11 @@ def test_a_stopped_member_does_not_hold_up_the_others(prefix: str) -> None:
         starting_at(transport, index).lease_renew(lease)
         stream = starting_at(transport, index).watch(Watch(prefix, prefix_end(prefix)))
         _, reading, found = follow(stream)
+        session = Session(starting_at(renewing, index), ttl=10)
+        renewed = session._deadline
+        until(lambda: session._deadline > renewed, "a renewal")
         stopped.pause()
+        renewed = session._deadline
 
         fresh = transport.watch(Watch(prefix))
         calls: list[Callable[[], object]] = [
@@ -241,6 +256,11 @@ def test_a_stopped_member_does_not_hold_up_the_others(prefix: str) -> None:
         before = transport.requests
         assert not transport.range(Range(prefix)).header.unanswered
         assert transport.requests == before + 1
+
+        until(lambda: session.lost or session._deadline > renewed, "a renewal by another member")
+        assert not session.lost
+        assert renewing._cluster._current != index
+        session.close()
 
         stopped.resume()
         stopped.wait_healthy()
