@@ -12,7 +12,7 @@ import pytest
 
 from celery_etcd_lock.testing import EtcdNotFound, EtcdServer, find_etcd
 from tests.contenders.driver import GoNotFound, build_go
-from tests.servers import skip_or_fail
+from tests.servers import etcd3_environment, skip_or_fail
 
 _BUILD_SECONDS = pytest.StashKey[float]()
 
@@ -51,6 +51,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Say how long the Go build took: with an empty build cache it is most of what those tests cost."""
     if (seconds := config.stash.get(_BUILD_SECONDS, None)) is not None:
         terminalreporter.write_line(f"building tests/contenders/main.go took {seconds:.1f} s")
+
+
+@pytest.fixture(scope="session")
+def with_etcd3() -> dict[str, str]:
+    """The environment of a process that can import the real ``etcd3``."""
+    return etcd3_environment()
 
 
 @pytest.fixture

@@ -268,9 +268,9 @@ class Cluster(ABC, Generic[E]):
                 endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")
             raise NoAnswer(f"log-in: {failure.why}", refused=failure.refused, verdict=failure.verdict) from failure
         except EtcdRejected as error:
-            if "authentication is not enabled" in str(error):
+            if self._username is not None and "authentication is not enabled" in str(error):
                 return dict(self.anonymous)
-            if "authentication failed" in str(error):
+            if self._username is not None and "authentication failed" in str(error):
                 raise AuthRejected(
                     f"{endpoint.url} does not accept user {self._username!r} with this password: check {_CREDENTIALS}",
                     error.code,

@@ -139,7 +139,7 @@ class Session:
     @classmethod
     def open(
         cls,
-        endpoints: str | Sequence[str],
+        endpoints: str | Sequence[str] = (),
         *,
         ttl: int = 30,
         namespace: str = "celery",
@@ -148,15 +148,24 @@ class Session:
         password: str | None = None,
         tls: TLS | None = None,
         transport: Literal["gateway", "grpc"] = "gateway",
+        client: str | Callable[[], Any] | None = None,
     ) -> Session:
         """A session with the etcd at `endpoints`: URLs, in a list or separated by commas.
 
         `timeout`: seconds for one etcd request, over all endpoints tried. `transport` ``"grpc"`` needs the extra
-        of that name. `EtcdUnavailable` if none answers, `AuthRejected` if it does not let us in (`PermissionDenied`:
-        no further than that), `EtcdRejected` if it is no etcd, `ConfigError` for what cannot be meant.
+        of that name. `client`, in place of `endpoints`: what gives an ``etcd3.Etcd3Client``, whose channel gRPC then
+        uses, and leaves open. `EtcdUnavailable` if none answers, `AuthRejected` if it does not let us in
+        (`PermissionDenied`: no further than that), `EtcdRejected` if it is no etcd, `ConfigError` for what cannot be
+        meant.
         """
         connected = connect(
-            endpoints, timeout=timeout, username=username, password=password, tls=tls, transport=transport
+            endpoints,
+            timeout=timeout,
+            username=username,
+            password=password,
+            tls=tls,
+            transport=transport,
+            client=client,
         )
         try:
             session = cls(connected, ttl=ttl, namespace=namespace)
