@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import (
@@ -144,6 +144,25 @@ class Session:
         )
         try:
             session = cls(connected, ttl=ttl, namespace=namespace)
+        except BaseException:
+            connected.close()
+            raise
+        session._owns_transport = True
+        return session
+
+    @classmethod
+    def from_app(cls, app: Any) -> Session:
+        """A session of your own with the etcd that the settings of the Celery `app` name; it is yours to close.
+
+        `ConfigError` if they do not do, and what `open` raises. Its locks are named as you like, and its TTL and
+        namespace are the app's.
+        """
+        from celery_etcd_lock.settings import Settings  # the one step up, for those inside a Celery project
+
+        settings = Settings.from_app(app)
+        connected = settings.connect()
+        try:
+            session = cls(connected, ttl=settings.ttl, namespace=settings.namespace)
         except BaseException:
             connected.close()
             raise
