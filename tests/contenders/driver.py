@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -31,9 +32,9 @@ class GoNotFound(RuntimeError):
 
 
 def build_go(folder: Path) -> Path:
-    """The program that ``main.go`` makes, built into `folder`. What Go compiled once it keeps in its own cache.
+    """The program that ``main.go`` makes, built into `folder` unless it is there: by one process, however many ask.
 
-    `GoNotFound` says what to install; `RuntimeError` what Go said.
+    What Go compiled once it keeps in its own cache. `GoNotFound` says what to install; `RuntimeError` what Go said.
     """
     go, package = shutil.which("go"), _GOPATH / "src/go.etcd.io/etcd/clientv3/concurrency"
     if go is None or not package.is_dir():
@@ -44,12 +45,16 @@ def build_go(folder: Path) -> Path:
     settings = {"GO111MODULE": "off", "GOPATH": str(_GOPATH), "GOFLAGS": ""}
     if not {"HOME", "XDG_CACHE_HOME", "GOCACHE"} & os.environ.keys():
         settings["GOCACHE"] = str(folder / "cache")
-    program = folder / "contender"
-    command = [go, "build", "-p", "2", "-o", str(program), str(Path(__file__).with_name("main.go"))]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **settings})
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return program
+    program, unfinished = folder / "contender", folder / "contender.new"
+    command = [go, "build", "-p", "2", "-o", str(unfinished), str(Path(__file__).with_name("main.go"))]
+    with (folder / "contender.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if program.exists():
+            return program
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **settings})
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+        return unfinished.rename(program)
 
 
 class Contender:
