@@ -38,7 +38,7 @@ from typing import Literal, TypeAlias
 
 from tests.safety.history import Fault, History, Write
 from tests.safety.holds import Hold, Pauses, conflict, holds, pauses
-from tests.safety.witness import Lifetime, Testimony
+from tests.safety.witness import Account, Lifetime
 
 __all__ = ["Excused", "Report", "Violation", "check"]
 
@@ -48,6 +48,8 @@ _AWAKE = 0.15
 its next look. Less than a tenth of the shortest TTL, which is what a session keeps as a margin."""
 _TOLD = 1.0
 """Seconds after which the witness has heard of a key, or nearly always."""
+_RECENT = 50
+"""Holds among which the one before is looked for: more than can be in at once."""
 
 Rule: TypeAlias = Literal["overlap", "vouched", "token", "order", "grant", "key", "loss", "fence", "record"]
 Cause: TypeAlias = Literal["freeze", "gil", "stall", "by hand"]
@@ -124,13 +126,13 @@ class Report:
         return "\n".join(lines)
 
 
-def check(history: History, testimony: Testimony, *, ttl: float = 30.0) -> Report:
+def check(history: History, testimony: Account, *, ttl: float = 30.0) -> Report:
     """Everything that is wrong with `history`. `ttl`: of the sessions, in seconds."""
     return _Check(history, testimony, ttl).report()
 
 
 class _Check:
-    def __init__(self, history: History, testimony: Testimony, ttl: float) -> None:
+    def __init__(self, history: History, testimony: Account, ttl: float) -> None:
         self.history = history
         self.testimony = testimony
         self.noticed_within = 3 * ttl
@@ -392,18 +394,16 @@ class _Check:
         return after.begin - max(before.end, min(wanted, default=after.begin))
 
     def handed_over(self) -> Iterable[tuple[Hold, Hold]]:
-        """Each hold that had to wait, with the one whose end let it in: the last to end of those that it excludes."""
+        """Each hold that had to wait, with the last that ended before it of those that it excludes."""
         for on_name in self.by_name.values():
-            before: dict[str, Hold] = {}
-            for hold in on_name:
-                ended = [
-                    each for mode, each in before.items() if mode == hold.mode == "slot" or conflict(mode, hold.mode)
+            for number, hold in enumerate(on_name):
+                before = [
+                    other
+                    for other in on_name[max(0, number - _RECENT) : number]
+                    if other.end <= hold.begin and (conflict(other.mode, hold.mode) or hold.mode == "slot")
                 ]
-                if hold.token > hold.created and ended:
-                    yield max(ended, key=lambda each: each.end), hold
-                last = before.get(hold.mode)
-                if last is None or hold.end >= last.end or hold.mode == "slot":
-                    before[hold.mode] = hold
+                if before and hold.token > hold.created:
+                    yield max(before, key=lambda other: other.end), hold
 
 
 def _keeping_out(hold: Hold, ahead: Sequence[Lifetime]) -> list[Lifetime]:

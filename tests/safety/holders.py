@@ -3,7 +3,8 @@
     python -m tests.safety.holders --endpoints URL[,URL] --history FOLDER --store PORT [--seed N] [--threads 4] …
 
 It survives whatever the library raises, opens a new session when one is lost, and ends cleanly, all holds given
-back, on SIGTERM or after ``--seconds``. Its choices are random from the seed; what comes of them depends on the others.
+back, on SIGTERM, after ``--seconds``, or when each thread has had the ``--times`` it was told. Its choices are random
+from the seed; what comes of them depends on the others.
 """
 
 from __future__ import annotations
@@ -61,10 +62,18 @@ class Options:
     """How long; 0: until SIGTERM."""
     stay: float = 0.01
     """The longest step of a body, in seconds; it has one to four."""
+    body: float = 0.0
+    """Instead: every body lasts so many seconds, and looks twenty times in each; or until SIGTERM."""
+    times: int = 0
+    """After how many acquisitions a thread ends; 0: it goes on."""
+    pinned: int = 0
+    """1: a thread keeps to one of the locks, the next thread to the next, and so on."""
     wait: float = 3.0
     """The longest timeout of an acquire, in seconds; 0: every acquire waits for as long as it takes."""
     gil: float = 0.0
-    """For how long a body in fifty holds the GIL, in seconds; 0: none does."""
+    """For how long a body holds the GIL in the end, if it does, in seconds; 0: none does."""
+    gil_odds: float = 0.02
+    """How many of the bodies do."""
     broken: str = ""
     """One of `BREAKS`."""
     late_renewals: float = 0.0
@@ -140,10 +149,13 @@ class Holder(threading.Thread):
         self._store = StoreClient(options.store)
         self._etcd_store = EtcdStore(etcd, recorder)
         self._kinds = [each.split(":") for each in options.locks.split(",")]
+        if options.pinned:
+            self._kinds = [self._kinds[number % len(self._kinds)]]
         self._count = 0
+        self._got = 0
 
     def run(self) -> None:
-        while not self._stop_asked.is_set():
+        while not self.stopping and (self._got < self._options.times or not self._options.times):
             try:
                 session = self._sessions.get()
             except EtcdLockError:
@@ -182,6 +194,7 @@ class Holder(threading.Thread):
             if isinstance(error, EtcdUnavailable):
                 self._stop_asked.wait(self._random.uniform(0.02, 0.2))
             return
+        self._got += 1
         hold.run(held)
 
     # -- what a hold needs of its thread
@@ -189,11 +202,18 @@ class Holder(threading.Thread):
     def record(self, event: Event) -> None:
         self._recorder.write(event)
 
+    @property
+    def stopping(self) -> bool:
+        return self._stop_asked.is_set()
+
     def steps(self) -> list[float]:
+        if self._options.body:
+            return [0.05] * round(self._options.body / 0.05)
         return [self._random.uniform(0, self._options.stay) for _ in range(self._random.randint(1, 4))]
 
     def holds_gil(self) -> float:
-        return self._options.gil if self._options.gil and self._random.random() < 0.02 else 0.0
+        options = self._options
+        return options.gil if options.gil and self._random.random() < options.gil_odds else 0.0
 
     def write(self, hold: str, lock: Lock, held: HeldLock) -> bool | None:
         """One write under the lock: taken, refused, or (None) nobody knows."""
@@ -251,6 +271,8 @@ class _Hold:
             time.sleep(pause)
             if not self.look(held, "looked", {}):
                 return False
+            if self._thread.stopping:
+                break
         seconds = self._thread.holds_gil()
         if seconds:
             self.say("gil_taken", now())
@@ -300,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for holder in holders:
         holder.start()
     until = now() + (options.seconds or float("inf"))
-    while not stop.is_set() and now() < until:
+    while not stop.is_set() and now() < until and any(holder.is_alive() for holder in holders):
         time.sleep(0.05)  # not a wait for `stop`: the signal's handler, in this very thread, could not set it then
     stop.set()
     _join(holders, options.wait + options.timeout + 5)

@@ -22,7 +22,7 @@ from celery_etcd_lock.etcd.api import Event, Put, Range, Transport, Txn, Watch, 
 from celery_etcd_lock.exceptions import Compacted, EtcdLockError
 from tests.safety.history import now
 
-__all__ = ["Change", "Lifetime", "Testimony", "Witness", "replay"]
+__all__ = ["Account", "Change", "Lifetime", "Witness", "replay"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Lifetime:
 
 
 @dataclass(frozen=True)
-class Testimony:
+class Account:
     """What the witness saw, all of it up to `revision`, unless there are `gaps`."""
 
     lifetimes: tuple[Lifetime, ...]
@@ -78,7 +78,7 @@ class Testimony:
         return self.by_key.get((key, created))
 
 
-def replay(changes: Iterable[Change], *, revision: int = 0, gaps: Iterable[str] = ()) -> Testimony:
+def replay(changes: Iterable[Change], *, revision: int = 0, gaps: Iterable[str] = ()) -> Account:
     """Puts and deletes, in the order of their revisions, as lifetimes."""
     ended: list[Lifetime] = []
     alive: dict[str, Lifetime] = {}
@@ -100,7 +100,7 @@ def replay(changes: Iterable[Change], *, revision: int = 0, gaps: Iterable[str] 
         elif there.created != change.created:
             found.append(f"{change.key} came anew at {change.revision}, and nobody has seen it go")
     lifetimes = sorted((*ended, *alive.values()), key=lambda each: each.created)
-    return Testimony(tuple(lifetimes), revision, tuple(found))
+    return Account(tuple(lifetimes), revision, tuple(found))
 
 
 class Witness:
@@ -147,12 +147,12 @@ class Witness:
             if thread.ident is not None:
                 thread.join(10)
 
-    def so_far(self) -> Testimony:
+    def so_far(self) -> Account:
         """What it was told up to now."""
         with self._news:
             return replay(self._changes, gaps=self._gaps)
 
-    def testify(self, *, timeout: float = 60.0) -> Testimony:
+    def testify(self, *, timeout: float = 60.0) -> Account:
         """Everything up to now, compared with what etcd says is there. A difference is a gap."""
         revision = self._put_own_key(timeout)
         with self._news:
