@@ -347,7 +347,7 @@ class Session:
             self.lease_gone()
             return True
         except EtcdLockError as error:
-            if not self._failing:
+            if not (self._failing or self._lost.is_set()):  # a request that `close` cut off is no news
                 self._failing = True
                 logger.warning("etcd_lock.renewal_failed: %s (trusted for %.1f s more)", error, self.remaining())
             return False
@@ -379,7 +379,8 @@ class Session:
             self.contenders.check_missing(held, listed)
             self.contenders.remove_strays(listed)
         except EtcdLockError as error:
-            logger.warning("etcd_lock.check_failed: %s", error)
+            if not self._lost.is_set():
+                logger.warning("etcd_lock.check_failed: %s", error)
 
     # -- the end
 

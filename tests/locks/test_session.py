@@ -77,6 +77,31 @@ def test_holding_costs_one_request_more_a_ttl(session: Session, clock: Clock) ->
     assert session.transport.requests - requests == 12  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("verb", ["lease_renew", "lease_time_to_live"])
+def test_what_closing_cuts_off_is_no_news(
+    session: Session, clock: Clock, verb: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A renewal, or a look at the keys, that was under way when the session was closed is not logged as a failure."""
+    Mutex(session, "/a").acquire()
+    asked = []
+
+    def close(asking: str, _request: Any) -> None:
+        asked.append(asking)
+        if asking == verb:
+            session.close()
+            raise EtcdUnavailable("the connection to etcd was closed")
+
+    session.transport.before = close  # type: ignore[attr-defined]
+    clock.now += 11
+    session.keep()
+    if verb == "lease_time_to_live":
+        clock.now += 20
+        session.keep()
+    assert verb in asked
+    assert session.lost
+    assert not [record for record in caplog.records if record.levelname == "WARNING"], caplog.text
+
+
 def test_unanswered_renewals_cost_the_trust_and_not_before(session: Session, clock: Clock) -> None:
     """While etcd is away the lock is held until the deadline, and not a moment longer."""
     held = Mutex(session, "/a").acquire()
