@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# How many tests run at once: most of them wait for servers and workers, which takes no processor.
+WORKERS ?= 4
 bin := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -16,7 +18,10 @@ demo: $(VENV)/.demo ## the promises, shown in under a minute: etcd, a broker, tw
 	@$(bin)/python -m example_project.demo $(ARGS)
 
 test: $(VENV)/.test ## all tests, on a real etcd, a real broker and real workers; ARGS="-k mutex -x" go to pytest
-	@$(bin)/python -m pytest $(ARGS)
+	@$(bin)/python -m pytest -n $(WORKERS) --dist loadscope -m "not alone" $(ARGS); first=$$?; \
+	  [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
+	  $(bin)/python -m pytest -m alone $(ARGS); second=$$?; \
+	  [ $$first = 5 ] || [ $$second != 5 ] || exit 0; exit $$second # 5: ARGS chose no test there
 
 test-grpc-oldest: $(VENV)/.test $(VENV)/grpc-oldest/.there ## the tests of the gRPC transport, with the oldest grpcio and protobuf
 	@export PYTHONPATH=$(VENV)/grpc-oldest; \

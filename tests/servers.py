@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -105,13 +106,18 @@ def etcd3_environment() -> dict[str, str]:
     It is put beside the installed packages and not among them, so that nobody else meets it, nor its protobuf.
     """
     folder = _TOOLS / "etcd3-0.12.0"
-    if not (folder / "complete").exists():
+    if not folder.exists():
         # Not its other requirements, grpcio and protobuf: those are there, newer than it has ever seen.
         wanted = ["--no-deps", "etcd3==0.12.0", "six==1.17.0", "tenacity==9.1.2"]
-        if not _succeeds([sys.executable, "-m", "pip", "install", f"--target={folder}", "--upgrade", *wanted]):
-            shutil.rmtree(folder, ignore_errors=True)
-            skip_or_fail("the package etcd3 0.12.0 is not here, and pip cannot fetch it")
-        (folder / "complete").touch()
+        _TOOLS.mkdir(exist_ok=True)
+        scratch = tempfile.mkdtemp(dir=_TOOLS)
+        try:
+            if not _succeeds([sys.executable, "-m", "pip", "install", f"--target={scratch}/etcd3", *wanted]):
+                skip_or_fail("the package etcd3 0.12.0 is not here, and pip cannot fetch it")
+            with suppress(OSError):  # another process of the same run was quicker
+                Path(scratch, "etcd3").rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return {"PYTHONPATH": path, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
 

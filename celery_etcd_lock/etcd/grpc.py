@@ -60,10 +60,10 @@ class GrpcCluster(Cluster[Member]):
         cls, urls: Sequence[str], timeout: float, username: str | None, password: str | None, tls: TLS | None
     ) -> GrpcCluster:
         """The cluster of the members at `urls`."""
-        different, _ = checked(urls, tls)
+        different, context = checked(urls, tls)
         if tls and tls.cert_reqs == "none":
             raise ConfigError('gRPC cannot do without checking certificates: name their CA, or use the "gateway"')
-        members = [Member(url, functools.partial(_connect, url, tls or TLS())) for url in different]
+        members = [Member(url, functools.partial(_connect, url, tls or TLS()), context=context) for url in different]
         return cls(members, timeout, username, password)
 
     def authenticate(self, endpoint: Member, timeout: float) -> Mapping[str, str]:
@@ -108,8 +108,8 @@ def _pem(tls: TLS) -> tuple[bytes | None, bytes | None, bytes | None]:
 def _read(path: Path | str | None) -> bytes | None:
     try:
         return Path(path).read_bytes() if path else None
-    except OSError as error:
-        raise ConfigError(f"etcd's TLS file {path} cannot be read: {error.strerror}") from error
+    except OSError as error:  # it was there when the settings were checked
+        raise ConfigError(f"TLS: the file {path} cannot be read: {error}") from error
 
 
 class GrpcTransport:

@@ -257,10 +257,10 @@ def _not_connected(url: str, details: str) -> NoAnswer:
         return NoAnswer(refused[0].lower(), silent=True, refused=True)
     verdict: EtcdRejected
     if _UNTRUSTED.search(details):
-        why = "its TLS certificate cannot be trusted: check ca_certs and the host name"
+        why = "its TLS certificate cannot be trusted: check ca_certs in etcd_lock_use_ssl, and the host name"
         verdict = AuthRejected(f"{url}: {why}", 16)
     elif alert := re.search(r"\w*ALERT\w*", details):
-        why = f"it refuses our side of TLS ({alert[0]}): check certfile and keyfile"
+        why = f"it refuses our side of TLS ({alert[0]}): check certfile and keyfile in etcd_lock_use_ssl"
         verdict = AuthRejected(f"{url}: {why}", 16)
     elif "WRONG_VERSION_NUMBER" in details:
         why = "it does not speak TLS: is it http there?"
@@ -271,5 +271,6 @@ def _not_connected(url: str, details: str) -> NoAnswer:
     else:
         other = "http" if url.startswith("https") else "https"
         last = details.rpartition("last error: ")[2][:120]
-        return NoAnswer(f"no connection ({last}; if it always ends so: is it {other} there?)", silent=True)
-    return NoAnswer(why, verdict=verdict)
+        why = f"no connection ({last}; if it always ends so: is it {other} there?)"
+        return NoAnswer(why, silent=True, unclear=True)
+    return NoAnswer(why, unclear=True, verdict=verdict)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import itertools
 import queue
+import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from celery_etcd_lock.etcd import diagnosis
 from celery_etcd_lock.etcd.api import Watch
 from celery_etcd_lock.etcd.gateway_codec import NoAnswer
 from celery_etcd_lock.etcd.grpc_channel import LINK_ERRORS, Channel, Duplex, Link, failure, not_connected
@@ -26,14 +28,22 @@ _RENEW = ("Lease/LeaseKeepAlive", "LeaseKeepAliveResponse")
 
 
 class Member:
-    """The member at `url`; shared by threads. `connect` gives a channel to it.
+    """The member at `url`; shared by threads. `connect` gives a channel to it; `context` is how to look at its TLS.
 
     A channel that is `lent` is somebody else's: it is neither closed nor replaced.
     """
 
-    def __init__(self, url: str, connect: Callable[[], Channel], *, lent: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        connect: Callable[[], Channel],
+        *,
+        context: ssl.SSLContext | None = None,
+        lent: bool = False,
+    ) -> None:
         self.url = url
         self._connect = connect
+        self._context = context if url.startswith("https") else None
         self._lent = lent
         self._closed = False
         self._left: list[object] = []
@@ -90,6 +100,10 @@ class Member:
         if self._watches is not None:
             self._watches.leave()
             self._older = [each for each in (*self._older, self._watches) if not each.over]
+
+    def look(self, timeout: float) -> NoAnswer | None:
+        """Whether it is for TLS that there is no connection. gRPC gives no reasons, so by one of our own."""
+        return None if self._lent else diagnosis.look(self.url, self._context, timeout)
 
     def drop_streams(self, why: str) -> None:
         """End every stream, because the member no longer answers; what comes next is on a new connection."""

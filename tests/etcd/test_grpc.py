@@ -483,7 +483,7 @@ def test_a_certificate_that_is_gone(certificates: Certificates, secure: EtcdServ
     gone.write_bytes(Path(certificates.ca).read_bytes())
     with closing(GrpcTransport([secure.url], tls=TLS(ca_certs=str(gone)))) as transport:
         gone.unlink()
-        with pytest.raises(ConfigError, match=r"ca\.pem cannot be read: No such file"):
+        with pytest.raises(ConfigError, match=r"ca\.pem cannot be read: .*No such file"):
             transport.range(Range("a"))
 
 
@@ -853,8 +853,8 @@ def test_mutual_tls(certificates: Certificates, tmp_path: Path, prefix: str) -> 
                 stream.close()
         stranger = Certificates(tmp_path / "others", "others").signed("client", "/O=client")
         for tls in (TLS(certificates.ca), TLS(certificates.ca, *stranger)):
-            with closing(GrpcTransport([server.url], timeout=3, tls=tls)) as transport:
-                with pytest.raises((AuthRejected, EtcdUnavailable), match=r"certfile|https") as error:
+            with closing(GrpcTransport([server.url], timeout=60, tls=tls)) as transport:
+                with pytest.raises(AuthRejected, match="certfile") as error:
                     transport.range(Range(prefix))
                 assert server.url in str(error.value)
 
@@ -900,17 +900,16 @@ def test_a_certificate_that_cannot_be_trusted(secure: EtcdServer, certificates: 
 
 
 def test_http_and_https_mixed_up(etcd: EtcdServer, secure: EtcdServer) -> None:
-    """Plain to a TLS port asks whether it is https there, and the other way round; nothing was sent."""
+    """Plain to a TLS port, and the other way round: a closer look shows which, said at once."""
     for url, says in (
-        (secure.url.replace("https", "http"), "is it https there"),
+        (secure.url.replace("https", "http"), "write https://"),
         (etcd.url.replace("http", "https"), "is it http there"),
     ):
-        with closing(GrpcTransport([url], timeout=1)) as transport:
+        with closing(GrpcTransport([url], timeout=60)) as transport:
             for call in (lambda: transport.range(Range("a")), lambda: next(transport.watch(Watch("a")))):
-                with pytest.raises((EtcdUnavailable, EtcdRejected), match=says) as error:
+                with pytest.raises(EtcdRejected, match=says) as error:
                     call()
                 assert url in str(error.value)
-                assert not (isinstance(error.value, EtcdUnavailable) and error.value.unanswered)
 
 
 # -- forks and gevent
