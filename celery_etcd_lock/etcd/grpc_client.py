@@ -19,7 +19,7 @@ from celery_etcd_lock.etcd.gateway_codec import NoAnswer
 from celery_etcd_lock.etcd.grpc import GrpcCluster, GrpcTransport
 from celery_etcd_lock.etcd.grpc_channel import LINK_ERRORS, Channel, failure, use_here
 from celery_etcd_lock.etcd.grpc_member import Member
-from celery_etcd_lock.exceptions import AuthRejected, ConfigError, EtcdLockError
+from celery_etcd_lock.exceptions import AuthRejected, ConfigError, EtcdLockError, PermissionDenied
 
 __all__ = ["ClientTransport", "Lend", "imported"]
 
@@ -67,6 +67,9 @@ class _Lent(GrpcCluster):
                 16,
             )
         return self._taken
+
+    def _denied(self, endpoint: Member, error: PermissionDenied) -> PermissionDenied:
+        return PermissionDenied(f"{endpoint.url}: permission denied to its user", error.code)
 
     def after_fork(self) -> None:
         self._inherited = self._client or self._inherited
