@@ -209,7 +209,9 @@ class Cluster(ABC, Generic[E]):
             raise
 
     def _denied(self, endpoint: E, error: PermissionDenied) -> PermissionDenied:
-        who = "the user of our client certificate" if self._username is None else f"user {self._username!r}"
+        who = f"user {self._username!r}"
+        if self._username is None:
+            who = "the user that is our client certificate's common name (etcd_lock_username is not set)"
         return PermissionDenied(f"{endpoint.url}: permission denied to {who}", error.code)
 
     def nobody(self, failures: Mapping[E, NoAnswer], total: float, unanswered: bool) -> Exception:
