@@ -117,6 +117,7 @@ class Cluster(ABC, Generic[E]):
         self._logging_in = threading.Lock()
         self._refusal: AuthRejected | None = None
         self._refused_until = self._refused_for = 0.0
+        self._known: set[E] = set()
         self._current = random.randrange(len(self.endpoints))
 
     def after_fork(self) -> None:
@@ -170,6 +171,8 @@ class Cluster(ABC, Generic[E]):
                 if len(failures) == len(self.endpoints) and all(each.hopeless for each in failures.values()):
                     break
                 time.sleep(max(0.0, min(random.uniform(0.02, 0.1), deadline - time.monotonic())))
+        # Not dying, then: the next call has a look at whether certificates or TLS have changed meanwhile.
+        self._known.difference_update(endpoint for endpoint, failure in failures.items() if failure.unclear)
         raise self.nobody(failures, total, unanswered)
 
     def on_one(self, endpoint: E, attempt: Attempt[E, T], timeout: float) -> T:
@@ -200,13 +203,17 @@ class Cluster(ABC, Generic[E]):
     def _try(self, endpoint: E, attempt: Attempt[E, T], headers: Mapping[str, str], deadline: float) -> T:
         """`attempt`; says more of it than it knows itself: who may not do this, and whether it is for TLS."""
         try:
-            return attempt(endpoint, headers, max(0.001, deadline - time.monotonic()))
+            result = attempt(endpoint, headers, max(0.001, deadline - time.monotonic()))
         except PermissionDenied as error:
             raise self._denied(endpoint, error) from error
         except NoAnswer as failure:
-            if failure.unclear and (seen := endpoint.look(deadline - time.monotonic())) is not None:
+            # One that has answered before is dying, rather; then the next should be asked without delay.
+            look = failure.unclear and endpoint not in self._known
+            if look and (seen := endpoint.look(deadline - time.monotonic())) is not None:
                 raise seen from failure
             raise
+        self._known.add(endpoint)
+        return result
 
     def _denied(self, endpoint: E, error: PermissionDenied) -> PermissionDenied:
         who = f"user {self._username!r}"
@@ -265,9 +272,9 @@ class Cluster(ABC, Generic[E]):
                 endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")
             raise NoAnswer(f"log-in: {failure.why}", refused=failure.refused, verdict=failure.verdict) from failure
         except EtcdRejected as error:
-            if "authentication is not enabled" in str(error):
+            if self._username is not None and "authentication is not enabled" in str(error):
                 return dict(self.anonymous)
-            if "authentication failed" in str(error):
+            if self._username is not None and "authentication failed" in str(error):
                 raise AuthRejected(
                     f"{endpoint.url} does not accept user {self._username!r} with this password: check {_CREDENTIALS}",
                     error.code,

@@ -101,7 +101,7 @@ def _look_at_tls(url: str, context: ssl.SSLContext, deadline: float) -> NoAnswer
 
 
 def _speaks_tls(url: str, deadline: float) -> bool:
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is told to it, and nothing believed
     try:
         with _connected(url, deadline) as plain, context.wrap_socket(plain):

@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import (
@@ -139,7 +139,7 @@ class Session:
     @classmethod
     def open(
         cls,
-        endpoints: str | Sequence[str],
+        endpoints: str | Sequence[str] = (),
         *,
         ttl: int = 30,
         namespace: str = "celery",
@@ -148,18 +148,46 @@ class Session:
         password: str | None = None,
         tls: TLS | None = None,
         transport: Literal["gateway", "grpc"] = "gateway",
+        client: str | Callable[[], Any] | None = None,
     ) -> Session:
         """A session with the etcd at `endpoints`: URLs, in a list or separated by commas.
 
         `timeout`: seconds for one etcd request, over all endpoints tried. `transport` ``"grpc"`` needs the extra
-        of that name. `EtcdUnavailable` if none answers, `AuthRejected` if it does not let us in (`PermissionDenied`:
-        no further than that), `EtcdRejected` if it is no etcd, `ConfigError` for what cannot be meant.
+        of that name. `client`, in place of `endpoints`: what gives an ``etcd3.Etcd3Client``, whose channel gRPC then
+        uses, and leaves open. `EtcdUnavailable` if none answers, `AuthRejected` if it does not let us in
+        (`PermissionDenied`: no further than that), `EtcdRejected` if it is no etcd, `ConfigError` for what cannot be
+        meant.
         """
         connected = connect(
-            endpoints, timeout=timeout, username=username, password=password, tls=tls, transport=transport
+            endpoints,
+            timeout=timeout,
+            username=username,
+            password=password,
+            tls=tls,
+            transport=transport,
+            client=client,
         )
         try:
             session = cls(connected, ttl=ttl, namespace=namespace)
+        except BaseException:
+            connected.close()
+            raise
+        session._owns_transport = True
+        return session
+
+    @classmethod
+    def from_app(cls, app: Any) -> Session:
+        """A session of your own with the etcd that the settings of the Celery `app` name; it is yours to close.
+
+        `ConfigError` if they do not do, and what `open` raises. Its locks are named as you like, and its TTL and
+        namespace are the app's.
+        """
+        from celery_etcd_lock.settings import Settings  # the one step up, for those inside a Celery project
+
+        settings = Settings.from_app(app)
+        connected = settings.connect()
+        try:
+            session = cls(connected, ttl=settings.ttl, namespace=settings.namespace)
         except BaseException:
             connected.close()
             raise
@@ -319,7 +347,7 @@ class Session:
             self.lease_gone()
             return True
         except EtcdLockError as error:
-            if not self._failing:
+            if not (self._failing or self._lost.is_set()):  # a request that `close` cut off is no news
                 self._failing = True
                 logger.warning("etcd_lock.renewal_failed: %s (trusted for %.1f s more)", error, self.remaining())
             return False
@@ -351,7 +379,8 @@ class Session:
             self.contenders.check_missing(held, listed)
             self.contenders.remove_strays(listed)
         except EtcdLockError as error:
-            logger.warning("etcd_lock.check_failed: %s", error)
+            if not self._lost.is_set():
+                logger.warning("etcd_lock.check_failed: %s", error)
 
     # -- the end
 
