@@ -314,7 +314,7 @@ def test_a_role_revoked_while_a_lock_is_held(
         owner = open_session(server, "gateway", username="root", password=ROOT_PASSWORD)
         others: list[tuple[Session, HeldLock]] = []
         for kind in KINDS:
-            name, session = f"/celery/locks/{kind}", open_session(server, kind, ttl=2)
+            name, session = f"/celery/locks/{kind}", open_session(server, kind, ttl=3)
             held, other = Mutex(session, name).acquire(), Mutex(session, name + "-other").acquire()
             waiting = Waiter(partial(Mutex(owner, name).acquire, timeout=60))
             in_line(owner, name)
@@ -329,14 +329,12 @@ def test_a_role_revoked_while_a_lock_is_held(
             others.append((session, other))
         etcdctl(server, "user", "revoke-role", USER, ROLE)
         caplog.clear()
-        before, begun = [requests(session) for session, _ in others], time.monotonic()
         for _, other in others:
             assert other.is_held()
             assert other.release() == "unanswered"
-        for (session, other), sent in zip(others, before, strict=True):
+        for session, other in others:
             Mutex(owner, other.name).acquire(timeout=60).release()
-            assert "etcd has refused for 2 s to take back" in session.reason
-            assert requests(session) - sent < 20 + 10 * (time.monotonic() - begun)
+            assert "etcd has refused for 3 s to take back" in session.reason
         assert [record.msg for record in caplog.records].count("etcd_lock.removal_refused: %s: %s") == len(others)
 
 
@@ -394,18 +392,18 @@ def test_tokens_that_expire(open_session: OpenSession, jwt_keys: Path, name: str
         for server in (simple, signed):
             guard(server)
             scenes += [Scene.set(kind, server, open_session, f"{name}-{kind}") for kind in KINDS]
-        time.sleep(4.5)  # to ask whether they have expired would prolong them: the renewals are due after ten seconds
+        seen = {server: log_ins(server) for server in (simple, signed)}
+        time.sleep(4)  # to ask whether they have expired would prolong them: the renewals are due after ten seconds
         for scene in scenes:
-            before = log_ins(scene.server)
-            transport = scene.holder.transport
+            begun, transport = time.monotonic(), scene.holder.transport
             with ThreadPoolExecutor(16) as threads:
                 found = list(threads.map(lambda _: transport.range(Range(name)).count, range(300)))  # noqa: B023
             assert found == [0] * 300
-            # One; and another if they take longer than a JWT lives.
-            assert 1 <= log_ins(scene.server) - before <= (1 if scene.server is simple else 10)
-            before = log_ins(scene.server)
+            # One, and more only where all of this takes longer than a token lives.
+            assert 1 <= log_ins(scene.server) - seen[scene.server] <= 1 + (time.monotonic() - begun)
             scene.goes_on()
-            assert log_ins(scene.server) - before <= 6
+            assert log_ins(scene.server) - seen[scene.server] <= 4 + 3 * (time.monotonic() - begun)
+            seen[scene.server] = log_ins(scene.server)
 
 
 def test_a_restarted_etcd_has_forgotten_its_tokens(etcd: EtcdServer, open_session: OpenSession, name: str) -> None:
@@ -417,7 +415,7 @@ def test_a_restarted_etcd_has_forgotten_its_tokens(etcd: EtcdServer, open_sessio
         server.start()
         for scene in scenes:
             scene.goes_on()
-        assert log_ins(server) <= 4 * len(scenes)
+        assert log_ins(server) <= 4 * 2 * len(scenes), "of two sessions each, since the restart"
 
 
 def test_a_password_that_is_changed_under_a_lock(guarded: EtcdServer, open_session: OpenSession, name: str) -> None:
@@ -427,7 +425,7 @@ def test_a_password_that_is_changed_under_a_lock(guarded: EtcdServer, open_sessi
     for kind, user in users.items():
         etcdctl(guarded, "user", "add", user, "--interactive=false", typing=PASSWORD)
         etcdctl(guarded, "user", "grant-role", user, ROLE)
-        session = open_session(guarded, kind, username=user, ttl=2)
+        session = open_session(guarded, kind, username=user, ttl=3)
         first, second = (Mutex(session, f"{name}-{kind}-{number}").acquire() for number in (1, 2))
         holders.append((kind, first, second, session))
     for user in users.values():
@@ -439,7 +437,7 @@ def test_a_password_that_is_changed_under_a_lock(guarded: EtcdServer, open_sessi
                 Mutex(session, name + "-other").acquire()
         assert "etcd_lock_username, etcd_lock_password" in discreet(error.value)
         assert first.release() == "unanswered"
-    until(lambda: time.monotonic() - begun > 2.5, "more than a TTL")
+    until(lambda: time.monotonic() - begun > 3.5, "more than a TTL")
     assert all(second.is_held() for _, _, second, _ in holders), "it is renewed all the same"
     # Each: at first, and then after a second, two, four and so on.
     assert 1 <= log_ins(guarded) - before <= len(holders) * (2 + time.monotonic() - begun)
@@ -456,7 +454,7 @@ def test_auth_enabled_and_disabled_under_locks(etcd: EtcdServer, open_session: O
     with EtcdServer(extra_args=["--bcrypt-cost=4"]) as server:
         guard(server, enable=False)
         scenes = [Scene.set(kind, server, open_session, f"{name}-{kind}") for kind in KINDS]
-        nobody = {"username": None, "password": None, "ttl": 2}
+        nobody = {"username": None, "password": None, "ttl": 3}
         strangers = [Scene.set(kind, server, open_session, f"{name}-{kind}-2", **nobody) for kind in KINDS]
         subprocess.run(
             [str(server.etcdctl), "--endpoints", server.url, "auth", "enable"], check=True, capture_output=True
@@ -468,7 +466,7 @@ def test_auth_enabled_and_disabled_under_locks(etcd: EtcdServer, open_session: O
                 with pytest.raises(AuthRejected, match="etcd_lock_username, etcd_lock_password"):
                     Mutex(scene.holder, name).acquire()
         enabled = time.monotonic()
-        until(lambda: time.monotonic() - enabled > 2.5, "more than a TTL")
+        until(lambda: time.monotonic() - enabled > 3.5, "more than a TTL")
         etcdctl(server, "auth", "disable")
         for scene in strangers:
             assert scene.held.is_held()
@@ -485,7 +483,7 @@ class CountingProxy:
     """Passes connections on to `target`, and counts them."""
 
     def __init__(self, target: str) -> None:
-        self._target = int(target.rpartition(":")[2])
+        self.target = target
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = self._server.getsockname()[1]
         self.connections = 0
@@ -497,20 +495,26 @@ class CountingProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for sock in (self._server, *self._sockets):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self.hang_up()
         for thread in self._threads:
             thread.join()
         for sock in (self._server, *self._sockets):
             sock.close()
+
+    def hang_up(self) -> None:
+        """End all connections."""
+        for sock in self._sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._server.accept()
                 self.connections += 1
-                server = socket.create_connection(("127.0.0.1", self._target))
+                server = socket.create_connection(("127.0.0.1", int(self.target.rpartition(":")[2])))
                 self._sockets += [client, server]
                 for pair in ((client, server), (server, client)):
                     thread = threading.Thread(target=self._pass_on, args=pair)
@@ -596,6 +600,21 @@ def test_each_wrong_door_is_said_at_once(
         assert time.monotonic() - begun < 30
         assert url in discreet(raised.value)
         assert proxy.connections <= 4
+
+
+def test_a_door_that_is_locked_later(doors: Doors, open_session: OpenSession, kind: Kind) -> None:
+    """TLS is switched on while the session is open: to a member that has answered before one call is unclear, and then
+    it is said."""
+    with CountingProxy(doors.plain.url) as proxy:
+        session = open_session(f"http://127.0.0.1:{proxy.port}", kind, username=None, password=None)
+        proxy.target = doors.expired.url
+        proxy.hang_up()
+        with pytest.raises(EtcdLockError):
+            session.transport.range(Range("a"), timeout=1)
+        with pytest.raises(EtcdRejected, match="write https:// in etcd_lock_endpoints"):
+            session.transport.range(Range("a"), timeout=30)
+        proxy.target = doors.plain.url
+        assert session.transport.range(Range(session.key), timeout=30).count == 1, "and when it is opened again"
 
 
 def test_mutual_tls_and_who_one_is(doors: Doors, open_session: OpenSession, name: str) -> None:
