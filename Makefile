@@ -1,22 +1,33 @@
 # make help says what there is. Needs Python 3.10 or later with pip, and nothing else: the rest goes into
-# .venv (Python packages) and .tools (a redis-server, where there is none).
+# .venv (Python packages) and .tools (a redis-server where there is none, what only tests import).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# How many tests run at once: most of them wait for servers and workers, which takes no processor.
+WORKERS ?= 4
 bin := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage check format clean
+.PHONY: help demo test test-grpc-oldest coverage check format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## the promises, shown in under a minute: etcd, a broker, two workers, a kill -9
 	@$(bin)/python -m example_project.demo $(ARGS)
 
 test: $(VENV)/.test ## all tests, on a real etcd, a real broker and real workers; ARGS="-k mutex -x" go to pytest
-	@$(bin)/python -m pytest $(ARGS)
+	@$(bin)/python -m pytest -n $(WORKERS) --dist loadscope -m "not alone" $(ARGS); first=$$?; \
+	  [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
+	  $(bin)/python -m pytest -m alone $(ARGS); second=$$?; \
+	  [ $$first = 5 ] || [ $$second != 5 ] || exit 0; exit $$second # 5: ARGS chose no test there
+
+test-grpc-oldest: $(VENV)/.test $(VENV)/grpc-oldest/.there ## the tests of the gRPC transport, with the oldest grpcio and protobuf
+	@export PYTHONPATH=$(VENV)/grpc-oldest; \
+	$(bin)/python -c 'import grpc, google.protobuf as p; print("grpcio", grpc.__version__, "protobuf", p.__version__)' && \
+	$(bin)/python -m pytest -W "ignore:Type google._upb:DeprecationWarning" -k grpc \
+	  tests/etcd/test_contract.py tests/etcd/test_grpc.py $(ARGS)
 
 coverage: $(VENV)/.test ## the tests once more, with the lines and branches they miss
 	@rm -f .coverage .coverage.*
@@ -37,6 +48,13 @@ format: $(VENV)/.dev ## put the code into ruff's form
 clean: ## remove what make made
 	@rm -rf $(VENV) .tools .demo build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Beside what is installed, and found before it by who has it on PYTHONPATH.
+$(VENV)/grpc-oldest/.there: tests/grpc-oldest.txt | $(VENV)/bin/python
+	@rm -rf $(@D)
+	@$(bin)/python -m pip install -qq --disable-pip-version-check --no-deps --only-binary :all: --target $(@D) -r $<
+	@test -d $(@D)/grpc || { echo "$< names no oldest grpcio for this Python"; exit 1; }
+	@touch $@
 
 # One virtualenv; .demo, .test and .dev in it say which of the package's extras it holds. (Debian's Python has no
 # ensurepip unless python3-venv is there: then pip puts a pip into it.)

@@ -21,6 +21,7 @@ __all__ = [
     "LockLost",
     "LockTimeout",
     "NoSpace",
+    "PermissionDenied",
     "UnstableKeyError",
 ]
 
@@ -123,6 +124,10 @@ class EtcdRejected(EtcdLockError):
 
 class AuthRejected(EtcdRejected):
     """etcd does not accept the user, the password or the certificate, or the user may not do this."""
+
+
+class PermissionDenied(AuthRejected):
+    """etcd knows the user, and no role of that user allows this."""
 
 
 class LeaseNotFound(EtcdRejected):

@@ -58,7 +58,7 @@ class Settings:
     transport: Literal["gateway", "grpc"] = "gateway"
     """`from_app`: where it is not set and `client` is, ``"grpc"``."""
     client: str | Callable[[], Any] | None = None
-    """What gives an ``etcd3.Etcd3Client``, whose channel and token are then used."""
+    """What gives an ``etcd3.Etcd3Client``, or its dotted path: its channel and token are then used."""
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     use_ssl: TLS | None = None
@@ -134,10 +134,24 @@ class Settings:
             given["beat_ttl"] = max(cls.beat_ttl, math.ceil(_RENEWALS * given["timeout"]))
         return cls(**given, spelt=spelt, problems=tuple(names.misspelt(conf)))
 
+    def check_here(self) -> None:
+        """`ConfigError` if gRPC is wanted and cannot be used in this process, or its client cannot be imported.
+
+        Not done when settings are read: that may be while the very module of the client's function is imported.
+        """
+        if self.transport != "grpc" or not self.enabled or self.endpoints[0].startswith("memory://"):
+            return
+        from celery_etcd_lock.etcd.grpc_channel import ready
+        from celery_etcd_lock.etcd.grpc_client import imported
+
+        ready()
+        if isinstance(self.client, str):
+            imported(self.client)
+
     def connect(self) -> Transport:
         """A transport to this etcd; opens no socket yet."""
         return connect(
-            self.endpoints,
+            () if self.client and self.default_endpoints else self.endpoints,
             timeout=self.timeout,
             username=self.username,
             password=self.password,
@@ -389,7 +403,7 @@ def _contradictions(settings: Settings, names: Mapping[str, str]) -> Iterator[st
         if getattr(settings, one) and not getattr(settings, other):
             yield f"{names[one]} is set without {names[other]}: set both, or neither"
     plain = next((url for url in settings.endpoints if url.startswith("http://")), None)
-    if settings.use_ssl and plain:
+    if settings.use_ssl and plain and not settings.client:
         where = "the default of " if settings.default_endpoints else ""
         yield (
             f"{names['use_ssl']} is set, and {where}{names['endpoints']} has {plain}, which is without TLS: "
@@ -398,10 +412,11 @@ def _contradictions(settings: Settings, names: Mapping[str, str]) -> Iterator[st
     if settings.client:
         if settings.transport != "grpc":
             yield f"{names['client']} is set, and {names['transport']} is {settings.transport!r}: write 'grpc'"
-        if settings.use_ssl:
-            yield f"{names['client']} and {names['use_ssl']} are both set: the client has its own, leave one out"
+        doubled = [name for name in ("username", "use_ssl") if getattr(settings, name)]
         if not settings.default_endpoints and not settings.endpoints[0].startswith("memory://"):
-            yield f"{names['client']} and {names['endpoints']} are both set: the client has its own, leave one out"
+            doubled.append("endpoints")
+        for name in doubled:
+            yield f"{names['client']} and {names[name]} are both set: the client has its own, leave one out"
     if settings.transport == "grpc" and settings.use_ssl and settings.use_ssl.cert_reqs == "none":
         yield f"{names['use_ssl']} has cert_reqs 'none', which gRPC cannot do: name the CA, or use the 'gateway'"
     if settings.beat_ttl < _RENEWALS * settings.timeout:

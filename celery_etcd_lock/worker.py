@@ -22,6 +22,7 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
         super().__init__(parent, **kwargs)
         try:
             settings = Settings.from_app(parent.app)
+            settings.check_here()
         except ConfigError as error:
             raise click.ClickException(str(error)) from error
         forks = getattr(parent.pool_cls, "__module__", "").endswith("prefork")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from celery_etcd_lock.testing import EtcdNotFound, EtcdServer, find_etcd
+from tests.contenders.driver import GoNotFound, build_go
+from tests.servers import etcd3_environment, skip_or_fail
+
+_BUILD_SECONDS = "go_build_seconds"
+_LONGEST_BUILD = pytest.StashKey[float]()
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +30,46 @@ def etcd() -> Iterator[EtcdServer]:
         pytest.skip(str(missing))
     with EtcdServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def go_contender(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The contender by Go's ``concurrency``, built once for the whole run.
+
+    Under ``CI`` a missing Go fails, unless ``WITHOUT_GO`` says why it could not be had.
+    """
+    began, folder = time.monotonic(), tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers of the run
+    try:
+        program = build_go(folder)
+    except GoNotFound as missing:
+        if reason := os.environ.get("WITHOUT_GO"):
+            pytest.skip(f"{missing}: {reason}")
+        skip_or_fail(missing)
+    seconds = time.monotonic() - began
+    getattr(pytestconfig, "workeroutput", {})[_BUILD_SECONDS] = seconds
+    pytestconfig.stash[_LONGEST_BUILD] = seconds
+    return program
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Under xdist: what a worker measured, for the summary."""
+    seconds = getattr(node, "workeroutput", {}).get(_BUILD_SECONDS, 0.0)
+    node.config.stash[_LONGEST_BUILD] = max(seconds, node.config.stash.get(_LONGEST_BUILD, 0.0))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how long the Go build took: with an empty build cache it is most of what those tests cost."""
+    if seconds := config.stash.get(_LONGEST_BUILD, 0.0):
+        terminalreporter.write_line(f"building tests/contenders/main.go took {seconds:.1f} s")
+
+
+@pytest.fixture(scope="session")
+def with_etcd3() -> dict[str, str]:
+    """The environment of a process that can import the real ``etcd3``."""
+    return etcd3_environment()
 
 
 @pytest.fixture

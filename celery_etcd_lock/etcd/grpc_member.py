@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 import itertools
 import queue
+import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from celery_etcd_lock.etcd import diagnosis
 from celery_etcd_lock.etcd.api import Watch
 from celery_etcd_lock.etcd.gateway_codec import NoAnswer
 from celery_etcd_lock.etcd.grpc_channel import LINK_ERRORS, Channel, Duplex, Link, failure, not_connected
@@ -26,15 +28,24 @@ _RENEW = ("Lease/LeaseKeepAlive", "LeaseKeepAliveResponse")
 
 
 class Member:
-    """The member at `url`; shared by threads. `connect` gives a channel to it.
+    """The member at `url`; shared by threads. `connect` gives a channel to it; `context` is how to look at its TLS.
 
     A channel that is `lent` is somebody else's: it is neither closed nor replaced.
     """
 
-    def __init__(self, url: str, connect: Callable[[], Channel], *, lent: bool = False) -> None:
+    def __init__(
+        self,
+        url: str,
+        connect: Callable[[], Channel],
+        *,
+        context: ssl.SSLContext | None = None,
+        lent: bool = False,
+    ) -> None:
         self.url = url
         self._connect = connect
+        self._context = context if url.startswith("https") else None
         self._lent = lent
+        self._closed = False
         self._left: list[object] = []
         self._start()
 
@@ -43,6 +54,8 @@ class Member:
         self._link: Link | None = None
         self._watches: _Watches | None = None
         self._renewals: _Renewals | None = None
+        self._older: list[_Watches] = []
+        """Streams on which no new watches come, and old ones may still be."""
 
     def call(self, name: str, message: Message, headers: Mapping[str, str], timeout: float) -> Message:
         """etcd's reply; raises `NoAnswer` if there is none within `timeout` seconds, and what etcd says instead."""
@@ -69,36 +82,54 @@ class Member:
         with self._lock:
             link, stream = self._current(), self._watches
             if stream is None or stream.over or stream.headers != headers:
-                if stream is not None:
-                    stream.leave()
+                self._leave()
                 stream = self._watches = _Watches(Duplex(link, _WATCH, headers, self._failure), headers)
         return stream.subscribe(request)
 
     def forget(self) -> None:
-        """Let new calls and streams be on a channel asked for anew; the old ones go on."""
+        """Let what comes next be on a channel asked for anew; calls and watches that are under way go on."""
         with self._lock:
+            renewals = self._renewals
+            self._leave()
             self._link = self._watches = self._renewals = None
+        if renewals is not None:
+            renewals.end(NoAnswer("another channel is used now", sent=True))
+
+    def _leave(self) -> None:
+        """Let no new watches come to the stream that there is."""
+        if self._watches is not None:
+            self._watches.leave()
+            self._older = [each for each in (*self._older, self._watches) if not each.over]
+
+    def look(self, timeout: float) -> NoAnswer | None:
+        """Whether it is for TLS that there is no connection. gRPC gives no reasons, so by one of our own."""
+        return None if self._lent else diagnosis.look(self.url, self._context, timeout)
 
     def drop_streams(self, why: str) -> None:
         """End every stream, because the member no longer answers; what comes next is on a new connection."""
         with self._lock:
-            link, streams = self._link, [each for each in (self._watches, self._renewals) if each]
-            self._watches = self._renewals = None
+            link, streams = self._link, [each for each in (*self._older, self._watches, self._renewals) if each]
+            self._watches, self._renewals, self._older = None, None, []
         for stream in streams:
             stream.end(NoAnswer(why, sent=True))
         if link is not None:
             self._retire(link)
 
     def close(self) -> None:
+        """End all of it, for good: whoever comes a moment too late opens nothing any more."""
+        with self._lock:
+            self._closed = True
         self.drop_streams("closed")
 
     def after_fork(self) -> None:
         """In the child: the parent's channel is not touched, not even by the garbage collector."""
-        self._left += [self._link, self._watches, self._renewals]
+        self._left += [self._link, self._watches, self._renewals, self._older]
         self._start()
 
     def _current(self) -> Link:
         with self._lock:
+            if self._closed:
+                raise NoAnswer("closed", silent=True)
             if self._link is None:
                 self._link = Link(self._connect)
             return self._link
@@ -147,7 +178,7 @@ class _Renewals:
             if self._end is not None:
                 raise copy.copy(self._end)
             self._waiting.append(answer)  # first, so that an answer is never taken for that of a later request
-            self._duplex.send(messages().LeaseKeepAliveRequest(ID=lease))
+            self._duplex.send(messages.LeaseKeepAliveRequest(ID=lease))
         try:
             reply = answer.get(timeout=max(0.0, timeout))
         except queue.Empty:

@@ -7,7 +7,6 @@ the fields that are used are described: protobuf passes over the others. Enums a
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -88,9 +87,7 @@ AuthenticateResponse: header=1 ResponseHeader, token=2 string
 """Facts of etcd's API: name=number type; ``*`` many, ``|`` one of those with a bar."""
 
 
-@functools.cache
-def messages() -> Any:
-    """The classes of the messages above, as attributes."""
+def _made() -> Any:
     file = descriptor_pb2.FileDescriptorProto(name="celery_etcd_lock.proto", package="etcd", syntax="proto3")
     for line in _DESCRIPTION.replace("\n  ", " ").strip().splitlines():
         name, _, fields = line.partition(":")
@@ -122,6 +119,10 @@ def _add_field(message: Any, description: str) -> None:
         field.oneof_index = 0
 
 
+messages: Any = _made() if INSTALLED else None
+"""The classes, as attributes. Made once, here: those of two pools do not go together."""
+
+
 # -- to messages
 
 _TARGETS = {"version": 0, "create": 1, "mod": 2, "value": 3, "lease": 4}
@@ -140,7 +141,7 @@ def _keys(key: str, range_end: str | None) -> dict[str, bytes]:
 
 def range_out(request: Range) -> Message:
     ordered = bool(request.sort or request.descending)
-    return messages().RangeRequest(
+    return messages.RangeRequest(
         **_keys(request.key, request.range_end),
         limit=request.limit,
         revision=request.revision,
@@ -153,7 +154,7 @@ def range_out(request: Range) -> Message:
 
 
 def delete_out(request: Delete) -> Message:
-    return messages().DeleteRangeRequest(**_keys(request.key, request.range_end))
+    return messages.DeleteRangeRequest(**_keys(request.key, request.range_end))
 
 
 def compare_out(compare: Compare) -> Message:
@@ -161,7 +162,7 @@ def compare_out(compare: Compare) -> Message:
     if not isinstance(compare.operand, wanted):
         what = "a value is compared with bytes" if wanted is bytes else f"a {compare.target} is compared with a number"
         raise TypeError(f"{what}, not {compare.operand!r}")
-    return messages().Compare(
+    return messages.Compare(
         **_keys(compare.key, compare.range_end),
         target=_TARGETS[compare.target],
         result=_OPERATORS[compare.operator],
@@ -171,15 +172,15 @@ def compare_out(compare: Compare) -> Message:
 
 def _operation_out(operation: Operation) -> Message:
     if isinstance(operation, Put):
-        put = messages().PutRequest(key=text_out(operation.key), value=operation.value, lease=operation.lease)
-        return messages().RequestOp(request_put=put)
+        put = messages.PutRequest(key=text_out(operation.key), value=operation.value, lease=operation.lease)
+        return messages.RequestOp(request_put=put)
     if isinstance(operation, Range):
-        return messages().RequestOp(request_range=range_out(operation))
-    return messages().RequestOp(request_delete_range=delete_out(operation))
+        return messages.RequestOp(request_range=range_out(operation))
+    return messages.RequestOp(request_delete_range=delete_out(operation))
 
 
 def txn_out(request: Txn) -> Message:
-    return messages().TxnRequest(
+    return messages.TxnRequest(
         compare=map(compare_out, request.compare),
         success=map(_operation_out, request.success),
         failure=map(_operation_out, request.failure),
@@ -187,17 +188,17 @@ def txn_out(request: Txn) -> Message:
 
 
 def watch_out(request: Watch, watch_id: int) -> Message:
-    create = messages().WatchCreateRequest(
+    create = messages.WatchCreateRequest(
         **_keys(request.key, request.range_end),
         start_revision=request.start_revision,
         filters=[0] if request.deletes_only else [],
         watch_id=watch_id,
     )
-    return messages().WatchRequest(create_request=create)
+    return messages.WatchRequest(create_request=create)
 
 
 def watch_cancel_out(watch_id: int) -> Message:
-    return messages().WatchRequest(cancel_request=messages().WatchCancelRequest(watch_id=watch_id))
+    return messages.WatchRequest(cancel_request=messages.WatchCancelRequest(watch_id=watch_id))
 
 
 # -- from messages

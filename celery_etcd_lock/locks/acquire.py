@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import chain
+from typing import TypeAlias
 
 from celery_etcd_lock.etcd.api import Compare, KeyValue, Operation, Put, Range, RangeReply, Txn, TxnReply, created_at
 from celery_etcd_lock.exceptions import (
@@ -23,6 +24,7 @@ from celery_etcd_lock.exceptions import (
     LockContended,
     LockLost,
     LockTimeout,
+    NoSpace,
 )
 from celery_etcd_lock.locks import queue
 from celery_etcd_lock.locks.contender import Contender
@@ -35,6 +37,12 @@ logger = logging.getLogger(__name__)
 
 _PAUSE = 0.2
 """Seconds between two looks while etcd does not answer."""
+
+_PAUSE_WHEN_FULL = 1.0
+"""The same while it is full and therefore, before 3.5.7, refuses to look: that lasts until somebody makes room."""
+
+_Found: TypeAlias = tuple[tuple[KeyValue, ...], int]
+"""Who keeps us out (empty: nobody), and the revision of which that is true."""
 
 
 def acquire(
@@ -51,8 +59,8 @@ def acquire(
 
     Not `blocking`: `LockContended` at once if it cannot be had, and no trace of the attempt is left. Else it waits
     its turn, for `timeout` seconds (None: for ever): `LockTimeout`. Both name one who keeps us out. `LockLost` if
-    the session is lost meanwhile, `EtcdUnavailable` if etcd does not answer the first request. Whatever exception
-    ends it, one of a signal's handler among them, the contender goes.
+    the session is lost meanwhile, `EtcdUnavailable` if etcd does not answer the first request, `NoSpace` if it
+    is full. Whatever exception ends it, one of a signal's handler among them, the contender goes.
 
     With a ``task_id`` in `describe` it also excludes every other contender that says the same. `value` is put as it
     is, instead of a description (an election's).
@@ -99,8 +107,10 @@ class _Attempt:
 
     def run(self, blocking: bool, timeout: float | None) -> HeldLock:
         until = None if timeout is None else time.monotonic() + timeout
-        held = self.join() if blocking else self.take()
-        return held if held is not None else self.wait(until)
+        if not blocking:
+            return self.take()
+        joined = self.join()
+        return joined if isinstance(joined, HeldLock) else self.wait(until, joined)
 
     def send(self, compare: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation]) -> TxnReply:
         """Send what may create our key, in the session's epoch; keep account of what is not answered."""
@@ -120,7 +130,7 @@ class _Attempt:
             self.contender.unanswered = doubt  # a definite no: nothing of it is under way
             raise
         if reply.succeeded:  # known to be there before the doubt is gone, whatever interrupts us
-            self.contender.create_revision = reply.header.revision
+            self.session.contenders.created(self.contender, reply.header.revision)
         self.contender.unanswered = doubt or reply.header.unanswered
         if not reply.succeeded:
             self.session.saw_own_key(reply.range(0).kvs, sent_in=epoch)
@@ -134,26 +144,25 @@ class _Attempt:
             found = [Range(self.contender.key), *self.mode.first(self.name, self.task_id)]
             reply = self.send(free, [self.put, *self.mode.twins(self.name, self.task_id)], found)
             if reply.succeeded:
-                created = self.contender.create_revision = reply.header.revision
-                queued = _contenders(reply, 1)
+                created, queued = reply.header.revision, _contenders(reply, 1)
             else:
                 mine, queued = reply.range(1).kvs, _contenders(reply, 2)
                 created = self.adopt(mine)
             if self.keeping_out(queued):
                 raise self.contended(LockContended, queued)
             if created:
-                return self.held(created, reply.header.revision)
+                return self.held(reply.header.revision)
             # Only the epoch was another, or a slot is free as of this revision: once more.
             seen = reply.header.revision
 
-    def join(self) -> HeldLock | None:
-        """One request: stand in the queue, and hold the lock if nobody ahead keeps us out."""
+    def join(self) -> HeldLock | _Found | None:
+        """One request: stand in the queue, and hold the lock if nobody ahead keeps us out. None: look who does."""
         while True:
             join: list[Operation] = [self.put, *self.mode.ahead(self.name, 0, self.task_id)]
             reply = self.send([created_at(self.contender.key, 0)], join, [Range(self.contender.key)])
             if reply.succeeded:
-                created = self.contender.create_revision = reply.header.revision
-                return None if self.keeping_out(_contenders(reply, 1)) else self.held(created, created)
+                ahead, created = self.keeping_out(_contenders(reply, 1)), reply.header.revision
+                return (ahead, created) if ahead else self.held(created)
             if self.adopt(reply.range(1).kvs):
                 return None
 
@@ -163,7 +172,7 @@ class _Attempt:
             return 0
         (kv,) = mine
         if (kv.value, kv.lease) == (self.put.value, self.put.lease):
-            self.contender.create_revision = kv.create_revision
+            self.session.contenders.created(self.contender, kv.create_revision)
             return kv.create_revision
         # Somebody put a key under a name of ours: queue behind it, under another.
         self.contender = self.session.contenders.take_another(self.contender)
@@ -178,22 +187,22 @@ class _Attempt:
         created = self.contender.create_revision
         return [kv for kv in queued if not created or kv.create_revision < created]
 
-    def wait(self, until: float | None) -> HeldLock:
-        """Until nobody keeps us out. Every look asks for our own key, too: it may be gone."""
+    def wait(self, until: float | None, found: _Found | None) -> HeldLock:
+        """Until nobody keeps us out. `found`: what a look would find now. Each asks for our own key: it may be gone."""
         woken = threading.Event()
         self.session.contenders.on_lost(self.contender, lambda _reason: woken.set())
         if until is None and self.session.contenders.waits_for_own_thread(self.contender):
             logger.warning("etcd_lock.waits_for_itself: %s is wanted by a thread that is in it already", self.name)
         while True:
-            self.session.assert_trusted()
             woken.clear()
+            self.session.assert_trusted()
             try:
-                ahead, revision = self.look()
-            except EtcdUnavailable:
-                self.pause(woken, until, _PAUSE)
+                (ahead, revision), found = found or self.look(), None
+            except EtcdUnavailable as error:
+                self.pause(woken, until, _PAUSE_WHEN_FULL if isinstance(error, NoSpace) else _PAUSE)
                 continue
             if not ahead:
-                return self.held(self.contender.create_revision, revision)
+                return self.held(revision)
             # As a watch may sit on a member that is cut off, look again once per TTL all the same.
             with (
                 self.session.contenders.listening(ahead, woken) as others,
@@ -201,8 +210,7 @@ class _Attempt:
             ):
                 self.pause(woken, until, self.session.ttl)
 
-    def look(self) -> tuple[tuple[KeyValue, ...], int]:
-        """Who keeps us out (empty: nobody), and the revision of which that is true."""
+    def look(self) -> _Found:
         created = self.contender.create_revision
         queued = self.mode.ahead(self.name, created, self.task_id)
         reply = self.session.txn(Txn([], [Range(self.contender.key, keys_only=True), *queued]))
@@ -236,8 +244,7 @@ class _Attempt:
         contended.task_id = who.task_id
         return contended
 
-    def held(self, create_revision: int, fencing_token: int) -> HeldLock:
-        self.contender.create_revision = create_revision
+    def held(self, fencing_token: int) -> HeldLock:
         return HeldLock(self.session, self.contender, fencing_token)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from celery_etcd_lock.etcd.api import Delete, KeyValue, Range, Txn, created_at
+from celery_etcd_lock.etcd.api import Delete, Header, KeyValue, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LeaseNotFound, NoSpace
 from celery_etcd_lock.locks.queue import Kind, contender_key, is_contender
 
@@ -43,6 +43,7 @@ class Contender:
         "name",
         "nonce",
         "on_lost",
+        "refused",
         "thread",
         "unanswered",
     )
@@ -60,11 +61,14 @@ class Contender:
         """A request that names the key lacks an answer."""
         self.lost: str | None = None
         """Why it can no longer be trusted."""
+        self.refused = False
+        """etcd has refused its removal, which was said."""
         self.gone = False
         """Surely not in etcd any more."""
         self.on_lost: list[Callable[[str], None]] = []
-        self.listeners: set[threading.Event] = set()
-        """Set when it goes away, for local contenders that wait behind it: they need no watch."""
+        self.listeners: dict[threading.Event, int] = {}
+        """Set when it goes away, for local contenders that wait behind it: they need no watch. With each the create
+        revision of the key that it waits for."""
 
 
 class Contenders:
@@ -77,6 +81,8 @@ class Contenders:
         self._burnt: set[str] = set()
         self._unfinished: list[Contender] = []
         self._epoch_due = False
+        self.refused = 0
+        """How often in a row etcd has refused a removal."""
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -95,25 +101,36 @@ class Contenders:
         with self._lock:
             self._burnt.add(contender.key)
             self._by_key.pop(contender.key, None)
+            for event in contender.listeners:
+                event.set()  # it is not ours that they wait for
             return self.take(contender.name, contender.kind, contender.nonce)
+
+    def created(self, contender: Contender, revision: int) -> None:
+        """Take note that the key of `contender` was created at `revision`."""
+        with self._lock:
+            contender.create_revision = revision
+            # Who has seen another key of that name has seen one that is gone.
+            deceived = [event for event, seen in contender.listeners.items() if seen != revision]
+        for event in deceived:
+            event.set()
 
     @contextmanager
     def listening(self, ahead: Collection[KeyValue], event: threading.Event) -> Iterator[list[str]]:
         """Set `event` when one of `ahead` that is ours goes away. Gives the others' keys: somebody must watch those."""
         with self._lock:
             found = [(kv, each) for kv in ahead if (each := self._by_key.get(kv.key)) is not None and not each.lost]
-            if any(each.create_revision != kv.create_revision for kv, each in found):
+            if any(each.create_revision not in {0, kv.create_revision} for kv, each in found):
                 event.set()  # its name is in use again: the one that was seen is gone
             ours = [each for _, each in found]
-            for contender in ours:
-                contender.listeners.add(event)
+            for kv, contender in found:
+                contender.listeners[event] = kv.create_revision
         try:
             local = {contender.key for contender in ours}
             yield [kv.key for kv in ahead if kv.key not in local]
         finally:
             with self._lock:
                 for contender in ours:
-                    contender.listeners.discard(event)
+                    contender.listeners.pop(event, None)
 
     def waits_for_own_thread(self, contender: Contender) -> bool:
         """Whether the very thread that took `contender` has another in the same queue: it holds that."""
@@ -165,29 +182,48 @@ class Contenders:
         try:
             try:
                 reply = self._session.txn(removal, timeout=timeout)
+                header, was_there = reply.header, reply.succeeded
                 if contender.unanswered:
-                    self._session.epoch_is(reply.header.revision)
+                    self._session.epoch_is(header.revision)
             except NoSpace:
-                # A put is refused, a bare delete is not. The epoch follows when there is room again.
-                reply = self._session.txn(self._bare_removal(contender), timeout=timeout)
-                self._epoch_due = True
+                # A put is refused, a delete is not. The epoch follows when there is room again.
+                header, was_there = self._delete(contender.key, contender.create_revision, timeout)
+                self._epoch_due = self._epoch_due or contender.unanswered
         except LeaseNotFound:
             self._session.lease_gone()
             self._forget(contender)
             return "lost"
         except EtcdLockError as error:
             if not isinstance(error, EtcdUnavailable):
-                logger.warning("etcd_lock.removal_refused: %s: %s", contender.key, error)
+                self.refused += 1
+                if not contender.refused:
+                    contender.refused = True
+                    logger.warning("etcd_lock.removal_refused: %s: %s", contender.key, error)
             self._later(contender)
             return "unanswered"
         except BaseException:
             # The exception of a signal came between the request and its answer.
             self._later(contender)
             raise
-        contender.unanswered |= reply.header.unanswered
+        self.refused = 0
+        contender.unanswered |= header.unanswered
         self._forget(contender)
         # Not there: gone without us, unless one of our own tries that got no answer was carried out after all.
-        return "released" if reply.succeeded or contender.unanswered else "lost"
+        return "released" if was_there or contender.unanswered else "lost"
+
+    def _delete(self, key: str, revision: int, timeout: float | None = None) -> tuple[Header, bool]:
+        """Delete `key`, if it was created at `revision` (0: whenever), in an etcd that is full. Was it there?"""
+        try:
+            reply = self._session.txn(_deletion(key, revision), timeout=timeout)
+        except NoSpace:
+            # Before 3.5.7 a full etcd takes no transaction at all. Nobody but us makes keys of this name, and if the
+            # answer stays out it is burnt: so two requests do as well as one.
+            found = self._session.transport.range(Range(key), timeout=timeout)
+            if not found.kvs or revision not in {0, found.kvs[0].create_revision}:
+                return found.header, False
+            deleted = self._session.transport.delete(Delete(key), timeout=timeout)
+            return deleted.header, deleted.deleted > 0
+        return reply.header, reply.succeeded
 
     def remove_later(self, contender: Contender) -> None:
         """Leave it to the session to take `contender` out of its queue: etcd does not answer now."""
@@ -198,16 +234,11 @@ class Contenders:
 
     def _removal(self, contender: Contender) -> Txn | None:
         """What to send so that the key is gone and stays gone; None if no request ever named it."""
+        bare = _deletion(contender.key, contender.create_revision)
         if not contender.unanswered:
-            return self._bare_removal(contender) if contender.create_revision else None
-        bare = self._bare_removal(contender)
+            return bare if contender.create_revision else None
         own_key = self._session.own_key
         return Txn(bare.compare, [*bare.success, own_key], [own_key])
-
-    def _bare_removal(self, contender: Contender) -> Txn:
-        # Without a revision to compare: the name carries our lease and is burnt, so it is nobody else's ever.
-        revision = contender.create_revision
-        return Txn([created_at(contender.key, revision)] if revision else [], [Delete(contender.key)])
 
     def _forget(self, contender: Contender) -> None:
         with self._lock:
@@ -288,4 +319,13 @@ class Contenders:
                 return
             self._burnt.add(key)
         logger.warning("etcd_lock.stray_removed: %s was made by a request of ours that came late", key)
-        self._session.txn(Txn([created_at(key, kvs[0].create_revision)], [Delete(key), self._session.own_key]))
+        try:
+            self._session.txn(Txn([created_at(key, kvs[0].create_revision)], [Delete(key), self._session.own_key]))
+        except NoSpace:
+            self._delete(key, kvs[0].create_revision)
+            self._epoch_due = True
+
+
+def _deletion(key: str, revision: int) -> Txn:
+    """Deletes `key` if it was created at `revision`. 0: whenever; its name is burnt, so it is nobody else's ever."""
+    return Txn([created_at(key, revision)] if revision else [], [Delete(key)])

@@ -22,6 +22,7 @@ leave a contender that nobody owns, so those are removed, by create revision.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import (
@@ -44,8 +45,16 @@ from celery_etcd_lock.etcd.api import (
     Txn,
     TxnReply,
 )
-from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LeaseNotFound, LockLost
+from celery_etcd_lock.exceptions import (
+    EtcdLockError,
+    EtcdRejected,
+    EtcdUnavailable,
+    LeaseNotFound,
+    LockLost,
+    PermissionDenied,
+)
 from celery_etcd_lock.locks.contender import Contenders
+from celery_etcd_lock.locks.permission import denied
 from celery_etcd_lock.locks.waiting import Wakeups
 
 __all__ = ["Session", "boottime"]
@@ -88,6 +97,7 @@ class Session:
         self.host = socket.gethostname()
         self.wakeups = Wakeups(transport)
         self.contenders = Contenders(self)
+        self._namespace = namespace
         self._clock = clock
         self._changed = threading.Condition()
         self._lost = threading.Event()
@@ -96,6 +106,7 @@ class Session:
         self._owns_transport = False
         self._failing = False
         self._hurried = False
+        self._refused_since: float | None = None
 
         sent = clock()
         granted = transport.lease_grant(ttl)
@@ -114,8 +125,13 @@ class Session:
             json.dumps({"host": self.host, "pid": self.pid, "start": start}, separators=(",", ":")).encode(),
             self.lease,
         )
-        self.epoch = transport.txn(Txn([], [self.own_key])).header.revision
-        """The mod revision of the session's key. Every acquire compares it."""
+        try:
+            self.epoch = self.txn(Txn([], [self.own_key])).header.revision
+            """The mod revision of the session's key. Every acquire compares it."""
+        except EtcdRejected:
+            with contextlib.suppress(EtcdLockError):  # whoever tries again and again would leave a lease each time
+                transport.lease_revoke(self.lease)
+            raise
         if background:
             for work in (self._keep, self._watch_deadline):
                 threading.Thread(target=work, name=f"etcd-lock{work.__name__}", daemon=True).start()
@@ -123,7 +139,7 @@ class Session:
     @classmethod
     def open(
         cls,
-        endpoints: str | Sequence[str],
+        endpoints: str | Sequence[str] = (),
         *,
         ttl: int = 30,
         namespace: str = "celery",
@@ -132,18 +148,46 @@ class Session:
         password: str | None = None,
         tls: TLS | None = None,
         transport: Literal["gateway", "grpc"] = "gateway",
+        client: str | Callable[[], Any] | None = None,
     ) -> Session:
         """A session with the etcd at `endpoints`: URLs, in a list or separated by commas.
 
         `timeout`: seconds for one etcd request, over all endpoints tried. `transport` ``"grpc"`` needs the extra
-        of that name. `EtcdUnavailable` if none answers,
-        `AuthRejected` if it does not let us in, `ConfigError` for what cannot be meant.
+        of that name. `client`, in place of `endpoints`: what gives an ``etcd3.Etcd3Client``, whose channel gRPC then
+        uses, and leaves open. `EtcdUnavailable` if none answers, `AuthRejected` if it does not let us in
+        (`PermissionDenied`: no further than that), `EtcdRejected` if it is no etcd, `ConfigError` for what cannot be
+        meant.
         """
         connected = connect(
-            endpoints, timeout=timeout, username=username, password=password, tls=tls, transport=transport
+            endpoints,
+            timeout=timeout,
+            username=username,
+            password=password,
+            tls=tls,
+            transport=transport,
+            client=client,
         )
         try:
             session = cls(connected, ttl=ttl, namespace=namespace)
+        except BaseException:
+            connected.close()
+            raise
+        session._owns_transport = True
+        return session
+
+    @classmethod
+    def from_app(cls, app: Any) -> Session:
+        """A session of your own with the etcd that the settings of the Celery `app` name; it is yours to close.
+
+        `ConfigError` if they do not do, and what `open` raises. Its locks are named as you like, and its TTL and
+        namespace are the app's.
+        """
+        from celery_etcd_lock.settings import Settings  # the one step up, for those inside a Celery project
+
+        settings = Settings.from_app(app)
+        connected = settings.connect()
+        try:
+            session = cls(connected, ttl=settings.ttl, namespace=settings.namespace)
         except BaseException:
             connected.close()
             raise
@@ -207,8 +251,14 @@ class Session:
     # -- requests
 
     def txn(self, txn: Txn, *, timeout: float | None = None) -> TxnReply:
-        """Send `txn`. A reply from before an election that we know of is no answer: `EtcdUnavailable`."""
-        reply = self.transport.txn(txn, timeout=timeout)
+        """Send `txn`. A reply from before an election that we know of is no answer: `EtcdUnavailable`.
+
+        `PermissionDenied` says what the role lacks.
+        """
+        try:
+            reply = self.transport.txn(txn, timeout=timeout)
+        except PermissionDenied as error:
+            raise denied(error, txn, self._namespace, self.lease) from error
         if not self._proves(reply.header):
             raise EtcdUnavailable("an etcd member answered that is behind an election", True)
         return reply
@@ -260,7 +310,7 @@ class Session:
         if self.contenders.unfinished and now >= self._finish_due:
             # The renewal goes first, however much there is to tidy up.
             done = self.contenders.finish(max(0.1, self.ttl / 6), lambda: self._clock() < self._renewal_due)
-            self._finish_due = 0.0 if done else self._clock() + min(1.0, self.ttl / 10)
+            self._finish_due = 0.0 if done else self._clock() + self._pause_to_finish()
         if now >= self._check_due:
             self._check_due = now + self.ttl
             if len(self.contenders):
@@ -269,6 +319,19 @@ class Session:
         if self.contenders.unfinished:
             due = min(due, self._finish_due)
         return max(0.0, due - self._clock())
+
+    def _pause_to_finish(self) -> float:
+        """Until removals are tried again; longer and longer for those that etcd refuses."""
+        pause, refused = min(1.0, self.ttl / 10), self.contenders.refused
+        if not refused:
+            self._refused_since = None
+            return pause
+        now = self._clock()
+        self._refused_since = now if self._refused_since is None else self._refused_since
+        if now - self._refused_since >= self.ttl and self.contenders.idle:
+            # Nobody here holds anything, and what is left over keeps others out for as long as the lease is renewed.
+            self._lose(f"etcd has refused for {self.ttl} s to take back what lease {self.lease:x} no longer needs")
+        return min(pause * 2.0 ** min(refused - 1, 10), self.ttl / 3)
 
     def hurry(self) -> None:
         """Let the background do what is due now, not at its next round."""

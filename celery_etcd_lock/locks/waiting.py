@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from celery_etcd_lock.etcd.api import Transport, Watch, WatchStream, prefix_end
-from celery_etcd_lock.exceptions import Compacted, EtcdLockError
+from celery_etcd_lock.exceptions import Compacted, EtcdLockError, EtcdRejected
 
 __all__ = ["Wakeups"]
 
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 _PAUSE = 0.2
 """Seconds between two attempts to open a stream."""
+
+_LONGEST_PAUSE = 30.0
+"""Seconds between two attempts, after a number of them that etcd has refused."""
 
 
 class Wakeups:
@@ -134,9 +137,12 @@ class _NameWatch:
             return self._stream
 
     def _run(self) -> None:
+        pause = _PAUSE
         while (stream := self._open()) is not None:
+            refused = False
             try:
                 for reply in stream:
+                    pause = _PAUSE
                     with self._lock:
                         for event in reply.events:
                             self._told = max(self._told, event.kv.mod_revision)
@@ -146,10 +152,12 @@ class _NameWatch:
                 with self._lock:
                     self.wake()  # they read again, and come back with a newer revision
             except EtcdLockError as error:
+                refused = isinstance(error, EtcdRejected)
                 logger.debug("etcd_lock.watch_broken: %s: %s", self._name, error)
             except Exception:
                 # The waiters look for themselves once per TTL: a broken watch may make them late, no more.
                 logger.exception("etcd_lock.watch_failed: %s", self._name)
             finally:
                 stream.close()
-            self._changed.wait(_PAUSE)
+            pause = min(2 * pause, _LONGEST_PAUSE) if refused else _PAUSE
+            self._changed.wait(pause)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from celery_etcd_lock.exceptions import (
     ConfigError,
     EtcdLockError,
+    EtcdRejected,
     EtcdUnavailable,
     LockContended,
     LockLost,
@@ -141,6 +142,9 @@ def _unavailable(
 ) -> Any:
     """There is no lock to be had, because of etcd and not of another holder."""
     consequence = task.on_unavailable or runtime.settings.on_unavailable
+    if consequence == "run" and isinstance(error, EtcdRejected):
+        # That was meant for an etcd that is away. A wrong password must not switch locking off, unnoticed.
+        consequence = "retry"
     if consequence == "retry" and request.is_eager:
         consequence = "fail"  # there is no queue to put it back into
     runtime.outage.affects(task.name, error, consequence)

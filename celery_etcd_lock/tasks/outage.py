@@ -52,17 +52,19 @@ class Outage:
             self._said = now
             count, lasted = self._count, now - self._since
         where = ", ".join(self._settings.endpoints)
+        refused = isinstance(error, EtcdRejected | NoSpace)
         if not first:
+            what = f"etcd still refuses ({error})" if refused else f"still no etcd at {where}"
             logger.error(
-                "etcd_lock.unavailable: still no etcd at %s, for %.0f s; %d singleton tasks met with it so far",
-                where, lasted, count,
-            )  # fmt: skip
+                "etcd_lock.unavailable: %s, for %.0f s; %d singleton tasks met with it so far", what, lasted, count
+            )
             return
-        if isinstance(error, EtcdRejected | NoSpace):
+        if refused:
+            but = "" if isinstance(error, NoSpace) else ", but none runs without its lock"
             logger.error(
                 "etcd_lock.unavailable: the etcd at %s refuses: %s\n"
-                "  1 singleton task (%s) is %s; until etcd serves, each fares as its on_unavailable says.",
-                where, error, task, _CONSEQUENCE[consequence],
+                "  1 singleton task (%s) is %s; until etcd serves, each fares as its on_unavailable says%s.",
+                where, error, task, _CONSEQUENCE[consequence], but,
             )  # fmt: skip
             return
         default = " (the default: etcd_lock_endpoints is not set)" if self._settings.default_endpoints else ""

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from celery import signals
 
+from celery_etcd_lock.etcd import Transport
 from celery_etcd_lock.exceptions import LockLost
 from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import Mode
@@ -42,6 +43,7 @@ class Runtime:
         self.settings = Settings.from_app(app)
         self.outage = Outage(self.settings)
         self._session: Session | None = None
+        self._transport: Transport | None = None
         self._opening = threading.Lock()
 
     @classmethod
@@ -62,16 +64,15 @@ class Runtime:
             return session
         with self._opening:
             if self._session is None or self._session.lost:
-                self.close()
+                if self._session is not None:
+                    self.close()
                 settings = self.settings
-                transport = settings.connect()
-                try:
-                    self._session = Session(
-                        transport, ttl=settings.ttl, namespace=settings.namespace, instance=INSTANCE
-                    )
-                except BaseException:
-                    transport.close()
-                    raise
+                if self._transport is None:
+                    self._transport = settings.connect()
+                # Where no session comes of it the transport stays for the next task: it knows of a log-in refused.
+                self._session = Session(
+                    self._transport, ttl=settings.ttl, namespace=settings.namespace, instance=INSTANCE
+                )
             return self._session
 
     def acquire(
@@ -89,9 +90,11 @@ class Runtime:
     def close(self) -> None:
         """End the session, and give back all that hangs on it. The next `session` opens another."""
         session, self._session = self._session, None
+        transport, self._transport = self._transport, None
         if session is not None:
             session.close()
-            session.transport.close()
+        if transport is not None:
+            transport.close()
 
 
 _runtimes: WeakKeyDictionary[Celery, Runtime] = WeakKeyDictionary()

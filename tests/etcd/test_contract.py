@@ -80,17 +80,24 @@ def store(request: pytest.FixtureRequest, prefix: str) -> Iterator[Store]:
     if request.param == "memory":
         memory = MemoryEtcd()
         transport: Transport = MemoryTransport(memory)
-        compact = memory.compact
+        compact: Callable[[int], None] = memory.compact
     else:
         url = request.getfixturevalue("etcd").url
         transport = grpc_transport([url]) if request.param == "grpc" else GatewayTransport([url])
-
-        def compact(revision: int) -> None:
-            body = json.dumps({"revision": revision, "physical": True}).encode()
-            urllib.request.urlopen(url + "/v3/kv/compaction", data=body, timeout=20).close()
+        compact = compacting(url)
 
     yield Store(transport, prefix, compact)
     transport.close()
+
+
+def compacting(url: str) -> Callable[[int], None]:
+    """What compacts the etcd there."""
+
+    def compact(revision: int) -> None:
+        body = json.dumps({"revision": revision, "physical": True}).encode()
+        urllib.request.urlopen(url + "/v3/kv/compaction", data=body, timeout=20).close()
+
+    return compact
 
 
 def grpc_transport(urls: list[str]) -> Transport:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ import pytest
 import urllib3
 
 from celery_etcd_lock.etcd import connect
-from celery_etcd_lock.etcd.api import Range, prefix_end
 from celery_etcd_lock.exceptions import LockContended
 from celery_etcd_lock.locks import Election, Lock, Mutex, RWLock, Semaphore, Session
 from celery_etcd_lock.testing import EtcdServer
+from tests.contenders.driver import Waiting, keys
 from tests.servers import skip_or_fail
 from tests.workers import until
 
@@ -87,10 +86,6 @@ def _text(encoded: str) -> str:
     return base64.b64decode(encoded).decode()
 
 
-def keys(session: Session, name: str) -> list[str]:
-    return [kv.key for kv in session.transport.range(Range(name + "/", prefix_end(name + "/"), sort="create")).kvs]
-
-
 LOCKS = pytest.mark.parametrize(
     "lock",
     [
@@ -100,23 +95,6 @@ LOCKS = pytest.mark.parametrize(
     ],
     ids=["mutex", "read", "slot"],
 )
-
-
-class Waiting:
-    """Something that blocks, in a thread of its own."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.result: Any = None
-        self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
-        self.thread.start()
-
-    def _run(self, work: Callable[[], Any]) -> None:
-        self.result = work()
-
-    def get(self) -> Any:
-        self.thread.join(30)
-        assert not self.thread.is_alive()
-        return self.result
 
 
 class TestLocks:

@@ -98,14 +98,14 @@ class TestAcquire:
         """Whoever finds itself behind a key that goes, and comes again behind it, does not wait for that one."""
         session = open_session(ttl=60)
         mutex = Mutex(session, prefix + "a")
-        first, joined, order = mutex.acquire(), threading.Event(), []
-        look, looked = _Attempt.look, threading.Event()
+        first, released, order = mutex.acquire(), threading.Event(), []
+        join, joined = _Attempt.join, threading.Event()
 
-        def slow_look(attempt: _Attempt) -> Any:
-            found = look(attempt)
-            if threading.current_thread().name == "behind" and not looked.is_set():
-                looked.set()
-                assert joined.wait(20)
+        def slow_join(attempt: _Attempt) -> Any:
+            found = join(attempt)
+            if threading.current_thread().name == "behind":
+                joined.set()
+                assert released.wait(20)
             return found
 
         def come(name: str) -> None:
@@ -113,14 +113,14 @@ class TestAcquire:
                 order.append(name)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_Attempt, "look", slow_look)
+            patch.setattr(_Attempt, "join", slow_join)
             behind = threading.Thread(target=come, args=("behind",), name="behind")
             behind.start()
-            assert looked.wait(20)
+            assert joined.wait(20)
             first.release()
             again = in_thread(lambda: come("again"))
             until(lambda: len(keys(session, prefix + "a")) == 2)
-            joined.set()
+            released.set()
             behind.join(20)
             again.join(20)
         assert order == ["behind", "again"]

@@ -11,7 +11,7 @@ import pytest
 
 from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
-from celery_etcd_lock.exceptions import AuthRejected, EtcdUnavailable, LockContended, LockLost, LockTimeout
+from celery_etcd_lock.exceptions import AuthRejected, EtcdUnavailable, LockContended, LockLost, LockTimeout, NoSpace
 from celery_etcd_lock.locks import Mutex, Session
 
 
@@ -344,6 +344,76 @@ class TestUnanswered:
             Mutex(session, "/a").acquire(blocking=False)
         with pytest.raises(LockTimeout):
             Mutex(session, "/a").acquire(timeout=0.1)
+
+
+class TestFull:
+    """etcd has reached its quota: it refuses puts. Before 3.5.7 it refuses transactions, whatever is in them."""
+
+    @pytest.fixture(params=["puts", "transactions"])
+    def full(self, request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+        def refuse(verb: str, asked: Any) -> None:
+            if verb == "txn" and (request.param == "transactions" or any(isinstance(op, Put) for op in asked.success)):
+                raise NoSpace("staged")
+
+        return refuse
+
+    def test_acquires_are_refused_and_leave_nothing_to_do(self, session: Session, full: Any) -> None:
+        """An acquire is `NoSpace` after one request, and there is nothing to tidy up after it."""
+        session.transport.before = full  # type: ignore[attr-defined]
+        for blocking in (True, False):
+            before = session.transport.requests  # type: ignore[attr-defined]
+            with pytest.raises(NoSpace):
+                Mutex(session, "/a").acquire(blocking=blocking)
+            assert session.transport.requests - before == 1  # type: ignore[attr-defined]
+        assert not session.contenders.unfinished
+        assert len(session.contenders) == 0
+
+    def test_releases_work(self, session: Session, store: MemoryEtcd, full: Any) -> None:
+        """What is held is given back, its name is free for use, and a key that is gone or another's is left alone."""
+        held, deleted, replaced = (Mutex(session, name).acquire() for name in ("/x/a", "/x/b", "/x/c"))
+        other = MemoryTransport(store)
+        other.delete(Delete(deleted.key))
+        other.delete(Delete(replaced.key))
+        other.txn(Txn([], [Put(replaced.key, b"somebody else's")]))
+        session.transport.before = full  # type: ignore[attr-defined]
+        assert (held.release(), deleted.release(), replaced.release()) == ("released", "lost", "lost")
+        assert [kv.key for kv in other.range(Range("/x/", "/x0")).kvs] == [replaced.key]
+        session.transport.before = None  # type: ignore[attr-defined]
+        assert not session.contenders.unfinished
+        assert Mutex(session, "/x/a").acquire().key == held.key
+
+    def test_what_may_come_late_is_stopped_when_there_is_room(self, session: Session, clock: Clock, full: Any) -> None:
+        """After an unanswered acquire the key goes at once, and the epoch as soon as puts are taken again."""
+
+        def lose(verb: str, _request: Any) -> None:
+            session.transport.before, session.transport.after = full, None  # type: ignore[attr-defined]
+            raise EtcdUnavailable("staged: the answer is lost", True)
+
+        session.transport.after = lose  # type: ignore[attr-defined]
+        epoch = session.epoch
+        with pytest.raises(EtcdUnavailable):
+            Mutex(session, "/a").acquire()
+        session.keep()
+        assert not session.transport.range(Range("/a/", "/a0")).kvs
+        assert session.epoch == epoch
+        assert session.contenders.unfinished
+        session.transport.before = None  # type: ignore[attr-defined]
+        clock.now += 1.1
+        session.keep()
+        assert session.epoch > epoch
+        assert not session.contenders.unfinished
+
+    def test_a_stray_contender_goes(self, session: Session, store: MemoryEtcd, clock: Clock, full: Any) -> None:
+        """A late put that got in before etcd was full keeps nobody out until there is room again."""
+        held = Mutex(session, "/b").acquire()
+        stray = f"/a/write/{session.lease:x}"
+        MemoryTransport(store).txn(Txn([], [Put(stray, b"{}", session.lease)]))
+        session.transport.before = full  # type: ignore[attr-defined]
+        for _ in range(4):
+            clock.now += 10
+            session.keep()
+        assert not session.transport.range(Range(stray)).kvs
+        assert held.is_held()
 
 
 def test_a_key_created_by_an_unheard_first_try_is_adopted(store: MemoryEtcd, clock: Clock) -> None:

@@ -12,6 +12,7 @@ from celery_etcd_lock.etcd.api import Delete, Put, Txn
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
 from celery_etcd_lock.exceptions import LockLost
 from celery_etcd_lock.locks import Election, Mutex, Semaphore, Session
+from celery_etcd_lock.locks.acquire import _Attempt
 from celery_etcd_lock.locks.waiting import Wakeups
 from tests.workers import until
 
@@ -121,3 +122,95 @@ def test_a_release_wakes_as_many_as_there_are_slots(transport: MemoryTransport) 
         until(quiet(transport))
         assert transport.requests - before <= 1 + 2
         assert len(got) == 1
+
+
+class TestLocalListening:
+    """Who waits behind a contender of the same session needs no watch: that one tells, whatever it knows of itself."""
+
+    class Held:
+        """Keeps back the answers to what the thread ``slow`` sends, once they are there."""
+
+        def __init__(self, transport: MemoryTransport) -> None:
+            self.there, self.let_go = threading.Event(), threading.Event()
+            transport.after = self.after
+
+        def after(self, verb: str, _request: object) -> None:
+            if verb == "txn" and threading.current_thread().name == "slow" and not self.there.is_set():
+                self.there.set()
+                assert self.let_go.wait(20)
+
+    @staticmethod
+    def come(session: Session, name: str, order: list[str]) -> threading.Thread:
+        def inside() -> None:
+            with Mutex(session, "/a").acquire():
+                order.append(name)
+
+        thread = threading.Thread(target=inside, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def test_behind_one_that_has_no_answer_yet(self, transport: MemoryTransport) -> None:
+        """It is waited for quietly, without a look after the other, until it has been in."""
+        with (
+            Session(transport, ttl=600) as session,
+            Session(MemoryTransport(transport.store), ttl=600) as other,
+        ):
+            taken, answer, order = Mutex(other, "/a").acquire(), self.Held(transport), list[str]()
+            slow = self.come(session, "slow", order)
+            assert answer.there.wait(20)
+            before = transport.requests
+            behind = self.come(session, "behind", order)
+            until(lambda: any(each.listeners for each in session.contenders._by_key.values()))
+            until(quiet(transport))
+            assert transport.requests - before == 1
+            answer.let_go.set()
+            taken.release()
+            slow.join(20)
+            behind.join(20)
+            assert order == ["slow", "behind"]
+
+    def test_behind_one_that_went_while_its_name_is_taken_again(
+        self, transport: MemoryTransport, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The one that was seen is gone, though the new one of that name cannot tell yet: it tells when it can."""
+        with Session(transport, ttl=600) as session:
+            first, answer, order = Mutex(session, "/a").acquire(), self.Held(transport), list[str]()
+            join, joined, go_on = _Attempt.join, threading.Event(), threading.Event()
+
+            def slow_join(attempt: _Attempt) -> object:
+                found = join(attempt)
+                if threading.current_thread().name == "behind":
+                    joined.set()
+                    assert go_on.wait(20)
+                return found
+
+            monkeypatch.setattr(_Attempt, "join", slow_join)
+            behind = self.come(session, "behind", order)
+            assert joined.wait(20)
+            first.release()
+            slow = self.come(session, "slow", order)
+            assert answer.there.wait(20)
+            go_on.set()
+            again = session.contenders._by_key[first.key]
+            until(lambda: again.listeners)
+            assert not order
+            answer.let_go.set()
+            behind.join(20)
+            slow.join(20)
+            assert order == ["behind", "slow"]
+
+    def test_behind_one_whose_name_somebody_else_has(self, transport: MemoryTransport) -> None:
+        """A key that is not ours, under a name that a local contender tries in vain, is watched after all."""
+        with Session(transport, ttl=600) as session:
+            key, order = f"/a/write/{session.lease:x}", list[str]()
+            put(transport, key)
+            answer = self.Held(transport)
+            slow = self.come(session, "slow", order)
+            assert answer.there.wait(20)
+            behind = self.come(session, "behind", order)
+            until(lambda: any(each.listeners for each in session.contenders._by_key.values()))
+            answer.let_go.set()
+            transport.delete(Delete(key))
+            slow.join(20)
+            behind.join(20)
+            assert sorted(order) == ["behind", "slow"]

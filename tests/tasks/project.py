@@ -19,12 +19,11 @@ from celery_etcd_lock import Conflict, LockLost, SingletonTask, current_lock, si
 
 app = Celery("project", broker=os.environ["BROKER_URL"], backend=os.environ["BROKER_URL"])
 app.conf.update(
-    etcd_lock_endpoints=os.environ["ETCD_URL"],
     broker_connection_retry_on_startup=True,
     task_default_queue=os.environ["QUEUE"],
     worker_prefetch_multiplier=1,
     worker_hijack_root_logger=True,
-    **json.loads(os.environ.get("SETTINGS", "{}")),
+    **{"etcd_lock_endpoints": os.environ["ETCD_URL"], **json.loads(os.environ.get("SETTINGS", "{}"))},
 )
 
 
