@@ -59,8 +59,7 @@ def _overtaking() -> None:
 def _token() -> None:
     """The token is the revision of the session's key, which does not grow with the lock's holders."""
 
-    def held(self: Any, create_revision: int, fencing_token: int) -> HeldLock:
-        self.contender.create_revision = create_revision
+    def held(self: Any, fencing_token: int) -> HeldLock:
         return HeldLock(self.session, self.contender, self.session.epoch)
 
     _Attempt.held = held  # type: ignore[method-assign]
