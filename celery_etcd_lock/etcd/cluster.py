@@ -171,6 +171,8 @@ class Cluster(ABC, Generic[E]):
                 if len(failures) == len(self.endpoints) and all(each.hopeless for each in failures.values()):
                     break
                 time.sleep(max(0.0, min(random.uniform(0.02, 0.1), deadline - time.monotonic())))
+        # Not dying, then: the next call has a look at whether certificates or TLS have changed meanwhile.
+        self._known.difference_update(endpoint for endpoint, failure in failures.items() if failure.unclear)
         raise self.nobody(failures, total, unanswered)
 
     def on_one(self, endpoint: E, attempt: Attempt[E, T], timeout: float) -> T:
@@ -214,7 +216,9 @@ class Cluster(ABC, Generic[E]):
         return result
 
     def _denied(self, endpoint: E, error: PermissionDenied) -> PermissionDenied:
-        who = "the user of our client certificate" if self._username is None else f"user {self._username!r}"
+        who = f"user {self._username!r}"
+        if self._username is None:
+            who = "the user that is our client certificate's common name (etcd_lock_username is not set)"
         return PermissionDenied(f"{endpoint.url}: permission denied to {who}", error.code)
 
     def nobody(self, failures: Mapping[E, NoAnswer], total: float, unanswered: bool) -> Exception:

@@ -23,4 +23,4 @@ def denied(error: PermissionDenied, txn: Txn, namespace: str, lease: int) -> Per
     if key:
         prefix = key.rsplit("/", 2)[0] + "/" if is_contender(key, lease) else key
     grant = f"etcdctl role grant-permission ROLE readwrite --prefix {shlex.quote(prefix)}"
-    return PermissionDenied(f"{error}, who needs to read and write all below {prefix}: {grant}", error.code)
+    return PermissionDenied(f"{error}: it takes reading and writing all below {prefix}: {grant}", error.code)

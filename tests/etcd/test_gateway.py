@@ -651,13 +651,13 @@ class Certificates:
     def _new_key(self, name: str) -> list[str]:
         return ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{name}.key"]
 
-    def signed(self, name: str, subject: str, hosts: str = "IP:127.0.0.1") -> tuple[str, str]:
+    def signed(self, name: str, subject: str, hosts: str = "IP:127.0.0.1", *, days: int = 2) -> tuple[str, str]:
         """Certificate and key, as paths."""
         (self.folder / "extensions").write_text(
             f"subjectAltName={hosts}\nextendedKeyUsage=serverAuth,clientAuth\nauthorityKeyIdentifier=keyid\n"
         )
         self._openssl("req", *self._new_key(name), "-subj", subject, "-out", f"{name}.csr")
-        signer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "extensions"]
+        signer = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", str(days), "-extfile", "extensions"]
         self._openssl("x509", "-req", "-in", f"{name}.csr", *signer, "-out", f"{name}.crt")
         return str(self.folder / f"{name}.crt"), str(self.folder / f"{name}.key")
 

@@ -286,6 +286,30 @@ class TestUnanswered:
         assert not session.transport.range(Range("/other/", "/other0")).kvs
         assert session.transport.range(Range("/refused/", "/refused0")).kvs
 
+    def test_what_etcd_goes_on_refusing_is_asked_for_less_and_less(self, session: Session, clock: Clock) -> None:
+        """A removal that is refused is tried a few times in a TTL, for as long as something is held; after that the
+        session gives up, so that the lock comes free."""
+        refused, held = Mutex(session, "/refused").acquire(), Mutex(session, "/held").acquire()
+        tried: list[float] = []
+
+        def refuse(verb: str, request: Any) -> None:
+            if verb == "txn" and any(isinstance(op, Delete) for op in request.success):
+                tried.append(clock.now)
+                raise AuthRejected("staged: permission denied", 7)
+
+        session.transport.before = refuse  # type: ignore[attr-defined]
+        assert refused.release() == "unanswered"
+        for _ in range(100):
+            clock.now += 0.5
+            session.keep()
+        assert len(tried) <= 10, "over 50 seconds"
+        assert held.is_held()
+        held.release()
+        for _ in range(20):
+            clock.now += 0.5
+            session.keep()
+        assert "has refused for 30 s to take back" in session.reason
+
     def test_an_acquire_that_is_refused_leaves_nothing_to_do(self, session: Session) -> None:
         """A definite no is an answer: nothing of the request can come late."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 
-from celery_etcd_lock.etcd.api import Delete, Put, Txn
+from celery_etcd_lock.etcd.api import Delete, Put, Txn, Watch, WatchReply, WatchStream
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
-from celery_etcd_lock.exceptions import LockLost
+from celery_etcd_lock.exceptions import AuthRejected, LockLost
 from celery_etcd_lock.locks import Election, Mutex, Semaphore, Session
 from celery_etcd_lock.locks.acquire import _Attempt
 from celery_etcd_lock.locks.waiting import Wakeups
@@ -122,6 +124,53 @@ def test_a_release_wakes_as_many_as_there_are_slots(transport: MemoryTransport) 
         until(quiet(transport))
         assert transport.requests - before <= 1 + 2
         assert len(got) == 1
+
+
+def test_a_watch_that_is_refused_is_not_asked_for_again_and_again(
+    transport: MemoryTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pauses grow, since each attempt may be a log-in; and once it is let the watch is there."""
+    opened: list[float] = []
+    watch = transport.watch
+
+    def refuse(request: Watch) -> WatchStream:
+        opened.append(time.monotonic())
+        if len(opened) <= 3:
+            raise AuthRejected("staged: permission denied", 7)
+        return watch(request)
+
+    monkeypatch.setattr(transport, "watch", Refusing(refuse))
+    wakeups, event = Wakeups(transport), threading.Event()
+    seen = put(transport, "/a/1")
+    with wakeups.watching("/a", ["/a/1"], seen + 1, event):
+        until(lambda: len(opened) > 3 and transport._open_watches())
+        transport.delete(Delete("/a/1"))
+        assert event.wait(20)
+    pauses = [late - early for early, late in pairwise(opened)]
+    assert all(pause >= least for pause, least in zip(pauses, (0.39, 0.79, 1.59), strict=True))
+
+
+class Refusing:
+    """Opens streams as `open_` does, at the first step of each, as the transports do."""
+
+    def __init__(self, open_: Callable[[Watch], WatchStream]) -> None:
+        self._open = open_
+
+    def __call__(self, request: Watch) -> WatchStream:
+        return self.Stream(self._open, request)
+
+    class Stream:
+        def __init__(self, open_: Callable[[Watch], WatchStream], request: Watch) -> None:
+            self._open, self._request = open_, request
+            self._stream: WatchStream | None = None
+
+        def __iter__(self) -> Iterator[WatchReply]:
+            self._stream = self._open(self._request)
+            return iter(self._stream)
+
+        def close(self) -> None:
+            if self._stream is not None:
+                self._stream.close()
 
 
 class TestLocalListening:

@@ -137,7 +137,7 @@ def test_no_faults(new_run: Callable[..., Staged]) -> None:
 )
 def test_locks_that_are_broken(new_run: Callable[..., Staged], lock: str, way: str, rules: set[str]) -> None:
     """Control: a lock that keeps nobody out, whose readers or slots overtake, or whose tokens do not grow is caught."""
-    run = new_run(locks=lock, broken=way, stay=0.05, threads=6, wait=0.0)
+    run = new_run(locks=lock, broken=way, stay=0.02, threads=6, wait=0.0)
     one, two = run.start(seed=1), run.start(seed=2)
     until(lambda: min(len(run.events("left", holder=holder)) for holder in (one, two)) >= 20, "enough to see")
     report = run.finish()
