@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import _state
 
 from celery_etcd_lock.testing import EtcdNotFound, EtcdServer, find_etcd
 from tests.contenders.driver import GoNotFound, build_go
@@ -17,6 +18,13 @@ from tests.servers import etcd3_environment, skip_or_fail
 
 _BUILD_SECONDS = "go_build_seconds"
 _LONGEST_BUILD = pytest.StashKey[float]()
+
+
+@pytest.fixture(autouse=True)
+def own_shared_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared tasks come back on every later app: not those of one test in another's."""
+    state: Any = _state
+    monkeypatch.setattr(state, "_on_app_finalizers", set(state._on_app_finalizers))
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,8 @@ def test_threads_of_one_worker_never_overlap(new_project: NewProject, locked: bo
     project = new_project(etcd_lock_ttl=3, etcd_lock_enabled=locked)
     project.worker("-P", "threads", "-c", "8")
     tasks = ["retrying", "retrying", "waiting"]
-    results = [project.send(tasks[number % 3], number, 0.02) for number in range(40)]
+    seconds = 0.02 if locked else 0.3  # where nobody waits, long enough for others to come in between
+    results = [project.send(tasks[number % 3], number, seconds) for number in range(40)]
     for result in results:
         result.get(timeout=120)
     for task in ("retrying", "waiting"):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from celery import Celery, Task, _state, group, shared_task
+from celery import Celery, Task, group, shared_task
 
 import celery_etcd_lock
 from celery_etcd_lock import ConfigError, Conflict, LockContended, LockLost, SingletonTask, current_lock, singleton_task
@@ -26,13 +26,6 @@ def app() -> Iterator[Any]:
     made.conf.update(etcd_lock_endpoints="memory://shapes", task_always_eager=True, task_eager_propagates=True)
     yield made
     made.close()
-
-
-@pytest.fixture(autouse=True)
-def own_shared_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared tasks come back on every later app: not those of one test in another's."""
-    state: Any = _state
-    monkeypatch.setattr(state, "_on_app_finalizers", set(state._on_app_finalizers))
 
 
 class TestBase:
