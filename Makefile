@@ -9,7 +9,7 @@ WORKERS ?= 4
 bin := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-grpc-oldest coverage check format clean
+.PHONY: help demo test test-grpc-oldest costs coverage check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test-grpc-oldest: $(VENV)/.test $(VENV)/grpc-oldest/.there ## the tests of the g
 	$(bin)/python -c 'import grpc, google.protobuf as p; print("grpcio", grpc.__version__, "protobuf", p.__version__)' && \
 	$(bin)/python -m pytest -W "ignore:Type google._upb:DeprecationWarning" -k grpc \
 	  tests/etcd/test_contract.py tests/etcd/test_grpc.py $(ARGS)
+
+costs: $(VENV)/.test ## what locks cost in requests, bytes and time: the figures of docs/costs.md, in some minutes
+	@$(bin)/python -m tests.costs $(ARGS)
 
 coverage: $(VENV)/.test ## the tests once more, with the lines and branches they miss
 	@rm -f .coverage .coverage.*
