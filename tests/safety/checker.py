@@ -86,31 +86,38 @@ class Report:
     """Hand-overs from another process."""
     losses: int
     """Holds whose end was that they were said to be lost."""
+    losses_by_hand: int
+    """Those whose key was taken away by hand: nobody can say that before it has happened."""
     losses_in_time: int
-    """Those said before the key was seen to be gone, and before anybody else was in."""
+    """Those said before anybody else was in, and before the key was seen to be gone."""
     killed: int
     """Holds whose end was a SIGKILL."""
     worst_takeover: float
-    """Seconds from the end of a hold that was killed or lost until one who waited for it was in."""
+    """Seconds for which somebody wanted a lock after the end of a hold that was killed or lost until one was in."""
     writes: int
     refused: int
 
     @property
     def overlaps(self) -> Counter[str]:
-        """The excused ones, by cause."""
+        """The excused ones, by cause. A hold that slept for long may overlap with many."""
         return Counter(each.cause for each in self.excused)
 
+    @property
+    def late(self) -> Counter[str]:
+        """The holds that did not know, by cause: each is one holder that went on too long."""
+        return Counter({each.late.id: each.cause for each in self.excused}.values())
+
     def __str__(self) -> str:
-        apart = ", ".join(f"{cause} {number}" for cause, number in sorted(self.overlaps.items())) or "none"
+        apart = [f"{cause} {number} (with {self.overlaps[cause]})" for cause, number in sorted(self.late.items())]
         kept = sum(each.fence == "refused" for each in self.excused)
         lines = [
             f"acquisitions: {self.acquisitions}, {self.killed} of them ended by SIGKILL",
             f"hand-overs: {self.handovers}, {self.between_processes} of them between processes",
-            f"losses: {self.losses}, {self.losses_in_time} of them said in time",
+            f"losses: {self.losses}, {self.losses_by_hand} of them by hand, {self.losses_in_time} said in time",
             f"worst takeover: {self.worst_takeover:.2f} s",
             f"writes: {self.writes}, {self.refused} of them refused",
-            f"overlaps that no lock can prevent: {apart}",
-            f"    refused by the store: {kept}, nothing came late: {len(self.excused) - kept}",
+            f"overlaps that no lock can prevent: {', '.join(apart) or 'none'}",
+            f"    late writes refused: {kept}, nothing came late: {len(self.excused) - kept}",
             f"violations: {len(self.violations)}",
             *(f"- {violation}" for violation in self.violations),
         ]
@@ -137,6 +144,14 @@ class _Check:
         self.writes: defaultdict[str, list[Write]] = defaultdict(list)
         for write in history.writes:
             self.writes[write.hold].append(write)
+        self.asked: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+        """When somebody began to ask for a lock, and when they were answered."""
+        queued: dict[str, float] = {}
+        for event in history.events:
+            if event.kind == "queued":
+                queued[event.hold] = event.at
+            elif event.kind in ("acquired", "refused") and event.hold in queued:
+                self.asked[event.name].append((queued.pop(event.hold), event.at))
         self.deleted: defaultdict[str, list[Fault]] = defaultdict(list)
         self.revoked: dict[int, Fault] = {}
         for fault in history.faults:
@@ -164,10 +179,12 @@ class _Check:
             handovers=len(waited),
             between_processes=sum(before.pid != after.pid for before, after in self.handed_over()),
             losses=len(lost),
+            losses_by_hand=sum(self.gone_by_hand(hold, self.testimony.revision) for hold in lost),
             losses_in_time=sum(self.said_in_time(hold) for hold in lost),
             killed=sum(hold.how == "killed" for hold in self.holds),
             worst_takeover=max(
-                (b.begin - max(a.end, b.queued) for a, b in self.handed_over() if a.how != "left"), default=0.0
+                (self.waited(before, after) for before, after in self.handed_over() if before.how != "left"),
+                default=0.0,
             ),
             writes=len(self.history.writes),
             refused=sum(not write.accepted for write in self.history.writes),
@@ -327,7 +344,7 @@ class _Check:
         return any(
             lifetime.deleted == fault.revision
             if fault.revision
-            else lifetime.created_at <= fault.at <= lifetime.deleted_at
+            else lifetime.created_at - _TOLD <= max(fault.at, fault.done) and fault.at <= lifetime.deleted_at
             for fault in faults
             if lifetime.deleted < _NEVER
         )
@@ -368,6 +385,11 @@ class _Check:
             yield f"pid {hold.pid}: {pause}"
         for write in self.writes[hold.id]:
             yield f"{write}"
+
+    def waited(self, before: Hold, after: Hold) -> float:
+        """Seconds for which somebody, not always the same, wanted the lock between these two holds."""
+        wanted = [since for since, until in self.asked[after.name] if until > before.end and since < after.begin]
+        return after.begin - max(before.end, min(wanted, default=after.begin))
 
     def handed_over(self) -> Iterable[tuple[Hold, Hold]]:
         """Each hold that had to wait, with the one whose end let it in: the last to end of those that it excludes."""

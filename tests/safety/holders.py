@@ -299,7 +299,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     for holder in holders:
         holder.start()
-    stop.wait(options.seconds or None)
+    until = now() + (options.seconds or float("inf"))
+    while not stop.is_set() and now() < until:
+        time.sleep(0.05)  # not a wait for `stop`: the signal's handler, in this very thread, could not set it then
     stop.set()
     _join(holders, options.wait + options.timeout + 5)
     for each in sessions:  # whoever still waits is told that the session is lost

@@ -100,7 +100,7 @@ class Run:
             holder.terminate()
         for holder in running:
             code = holder.wait(timeout)
-            if code:
+            if code not in (0, -signal.SIGTERM):  # the latter: before it had begun
                 raise RuntimeError(f"holder {holder.pid} ended with {code}")
 
     def report(self, *, ttl: float | None = None) -> Report:
