@@ -1,21 +1,22 @@
 """What is done to a cluster and its clients, and when: a plan made from a seed, and who carries it out.
 
 Three tracks run side by side, each one fault after the other: `MEMBERS` (at most one is down at a time, so there is a
-quorum, but for elections), `NETWORK` (between the clients and one member, or all of them) and `CLIENTS` (lock holders,
-and what is theirs in etcd). Each track deals all of its faults, shuffled, before it deals any again.
+quorum, but for elections), `NETWORK` (between all clients, or those of one side, and one member, or all) and `CLIENTS`
+(lock holders, and what is theirs in etcd). Each track deals all of its faults, shuffled, before it deals any again.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
-__all__ = ["KINDS", "TRACKS", "Fault", "Kind", "plan"]
+__all__ = ["KINDS", "TRACKS", "Fault", "Kind", "Side", "plan"]
 
 T = TypeVar("T")
+Side: TypeAlias = Literal["left", "right", "both"]
 Kind: TypeAlias = Literal[
     "member killed",
     "member stopped",
@@ -24,6 +25,7 @@ Kind: TypeAlias = Literal[
     "network drops",
     "network black hole",
     "network resets",
+    "network fades",
     "holder killed",
     "holder stopped",
     "GIL held",
@@ -43,6 +45,8 @@ class Fault:
     """Who, as far as that can be said beforehand: ``leader``, ``follower`` or ``all``."""
     for_: float = 0.0
     """0: it is done in a moment."""
+    side: Side = "both"
+    """Of the network: whose. The clients are on two sides, each with a network of its own."""
     pick: float = 0.0
     """Which of several, as a fraction from 0 to less than 1."""
 
@@ -51,7 +55,13 @@ class Fault:
         return several[int(self.pick * len(several))]
 
     def __str__(self) -> str:
-        return f"{self.at:6.1f} s  {self.kind} {self.target}" + (f", for {self.for_:.1f} s" if self.for_ else "")
+        target = f", {self.target}" if self.target else ""
+        target += f" ({self.side})" if self.side != "both" else ""
+        for_ = f", for {self.for_:.1f} s" if self.for_ else ""
+        return f"{self.at:6.1f} s  {self.kind}{target}{for_}"
+
+
+_SIDES: Sequence[Side] = ("left", "right", "both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +75,8 @@ class _Card:
 
     def dealt(self, at: float, ttl: float, dice: random.Random) -> Fault:
         for_ = dice.uniform(self.shortest, self.longest) * (ttl if self.ttls else 1.0)
-        return Fault(round(at, 2), self.kind, self.target, round(for_, 2), round(dice.random(), 4))
+        side = dice.choice(_SIDES) if TRACKS[self.kind] == "network" else "both"
+        return Fault(round(at, 2), self.kind, self.target, round(for_, 2), side, round(dice.random(), 4))
 
 
 _MEMBERS = (
@@ -79,11 +90,12 @@ _NETWORK = (
     _Card("network delays", "leader", 2.0, 4.0),
     _Card("network delays", "all", 2.0, 4.0),
     _Card("network drops", "follower", 2.0, 5.0),
-    _Card("network drops", "all", 0.3, 1.3, ttls=True),
+    _Card("network drops", "all", 0.3, 1.6, ttls=True),
     _Card("network black hole", "leader", 2.0, 6.0),
-    _Card("network black hole", "all", 0.3, 1.5, ttls=True),
+    _Card("network black hole", "all", 0.3, 2.0, ttls=True),
     _Card("network resets", "follower", 0.5, 3.0),
     _Card("network resets", "all", 0.2, 3.0),
+    _Card("network fades", "all", 1.4, 2.6, ttls=True),
 )
 _CLIENTS = (
     _Card("holder killed"),
@@ -103,10 +115,13 @@ _FIRST = 1.0
 """Seconds of peace at the beginning."""
 
 
-def plan(seed: int, seconds: float, *, ttl: float = 3.0) -> list[Fault]:
+def plan(seed: int, seconds: float, *, ttl: float = 3.0, only: Collection[Kind] = KINDS) -> list[Fault]:
     """The faults of a run of `seconds`, in the order of time: the same ones for the same arguments."""
-    dice = random.Random(f"faults/{seed}")
-    dealt = (fault for deck in _DECKS.values() for fault in _track(deck, seconds, ttl, random.Random(dice.random())))
+    dealt: list[Fault] = []
+    for track, deck in _DECKS.items():
+        cards = [card for card in deck if card.kind in only]
+        if cards:
+            dealt += _track(cards, seconds, ttl, random.Random(f"{seed}/{track}"))
     return sorted(dealt, key=lambda fault: (fault.at, fault.kind))
 
 

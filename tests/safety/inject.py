@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import methodcaller
 
 import urllib3
 
@@ -17,7 +18,7 @@ from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable
 from celery_etcd_lock.testing import EtcdCluster, EtcdServer
 from tests.safety import history
 from tests.safety.clients import Clients
-from tests.safety.faults import TRACKS, Fault, Kind
+from tests.safety.faults import TRACKS, Fault, Kind, Side
 from tests.safety.history import now
 from tests.safety.proxy import Direction, Proxy
 from tests.safety.run import Run
@@ -28,16 +29,18 @@ logger = logging.getLogger(__name__)
 
 _TRIES = 20
 """For a key that may be gone before it is deleted, or a leader that is another by then."""
+_LATEST = 0.12
+"""In TTLs, an answer's delay. A renewal waits for 0.14 at least, on each member, before it asks the next."""
 _LOST: Sequence[tuple[Direction, ...]] = (("to_member",), ("to_client",), ())
 
 
 class Injector:
-    """`proxies` are those of the cluster's members, in their order; `etcd` and the `run`'s witness go past them."""
+    """`proxies` are, for each side of clients, those of the members, in their order. `etcd` goes past them."""
 
     def __init__(
         self,
         cluster: EtcdCluster,
-        proxies: Sequence[Proxy],
+        proxies: Mapping[Side, Sequence[Proxy]],
         clients: Clients,
         run: Run,
         etcd: Transport,
@@ -45,12 +48,13 @@ class Injector:
         self.injected: Counter[Kind] = Counter()
         """What was really done."""
         self._cluster = cluster
-        self._proxies = dict(zip(cluster.members, proxies, strict=True))
+        self._proxies = proxies
         self._clients = clients
         self._run = run
         self._witness = run.witness
         self._recorder = run.recorder
         self._prefix = run.options.prefix
+        self._ttl = run.options.ttl
         self._etcd = etcd
         self._pool = urllib3.PoolManager(timeout=10, retries=False)
         self._ended = threading.Event()
@@ -64,6 +68,7 @@ class Injector:
             "network drops": self._network,
             "network black hole": self._network,
             "network resets": self._network,
+            "network fades": self._network,
             "holder killed": self._kill_holder,
             "holder stopped": self._stop_holder,
             "GIL held": self._hold_gil,
@@ -189,24 +194,42 @@ class Injector:
 
     def _network(self, fault: Fault) -> bool:
         members = self._members(fault)
-        lost = fault.picked(_LOST)
-        with self._noted(f"{fault.kind}, before {', '.join(member.name for member in members)}"):
+        sides = [fault.side] if fault.side in self._proxies else list(self._proxies)
+        proxies = [
+            proxy
+            for side in sides
+            for member, proxy in zip(self._cluster.members, self._proxies[side], strict=True)
+            if member in members
+        ]
+        where = f"{' and '.join(sides)} of {', '.join(member.name for member in members)}"
+        with self._noted(f"{fault.kind}, {where}"):
             try:
-                for proxy in map(self._proxies.__getitem__, members):
-                    match fault.kind:
-                        case "network delays":
-                            proxy.delay(0.02 + 0.4 * fault.pick)
-                        case "network drops":
-                            proxy.drop(*lost)
-                        case "network black hole":
-                            proxy.black_hole()
-                        case _:
-                            proxy.reset()
-                self._wait(fault.for_)
+                for tell in self._told(fault):
+                    for proxy in proxies:
+                        tell(proxy)
             finally:
-                for member in members:
-                    self._proxies[member].pass_on()
+                for proxy in proxies:
+                    proxy.pass_on()
         return True
+
+    def _told(self, fault: Fault) -> Iterator[Callable[[Proxy], None]]:
+        """What to tell each proxy, one after the other; the last holds until the fault is over."""
+        over = now() + fault.for_
+        match fault.kind:
+            case "network delays":
+                yield methodcaller("delay", 0.02 + 0.4 * fault.pick)
+            case "network drops":
+                yield methodcaller("drop", *fault.picked(_LOST))
+            case "network resets":
+                yield Proxy.reset
+            case "network black hole":
+                yield Proxy.black_hole
+            case "network fades":  # answers come ever later, in the end as late as clients still wait; then none come
+                for part, seconds in ((0.06, 0.3), (0.12, 0.3), (_LATEST, 0.4 * self._ttl)):
+                    yield methodcaller("delay", part * self._ttl, "to_client")
+                    self._wait(seconds)
+                yield methodcaller("fade", _LATEST * self._ttl)
+        self._wait(over - now())
 
     # -- the clients
 

@@ -4,9 +4,10 @@ It runs in a thread of its own, with `url` for clients to go to, and does one of
 that are there and to new ones alike:
 
 * `pass_on`: nothing.
-* `delay`: each piece of what is said goes on so many seconds later.
+* `delay`: each piece of what is said in one direction, or in both, goes on so many seconds later.
 * `drop`: what is said in one direction, or in both, is swallowed. A connection that has lost something stays
   deaf in that direction for good, as one does that a firewall has forgotten; new ones are well again.
+* `fade`: requests are swallowed, and what answers those before comes so many seconds later.
 * `black_hole`: connections are accepted, and nobody reads or answers. What was said meanwhile goes on afterwards, as
   it does when a network comes back: late.
 * `reset`: every connection is ended with an RST, new ones as soon as they come.
@@ -32,11 +33,14 @@ T = TypeVar("T")
 
 _BOTH: frozenset[Direction] = frozenset({"to_member", "to_client"})
 _CHUNK = 65_536
+_PIECES = 1_000
+"""Under way in one direction of a connection, at most."""
 
 
 @dataclass(frozen=True)
 class _Behaviour:
     delay: float = 0.0
+    delays: frozenset[Direction] = frozenset()
     drops: frozenset[Direction] = frozenset()
     holds: bool = False
     resets: bool = False
@@ -72,12 +76,16 @@ class Proxy:
     def pass_on(self) -> None:
         self._become(_Behaviour())
 
-    def delay(self, seconds: float) -> None:
-        self._become(_Behaviour(delay=seconds))
+    def delay(self, seconds: float, *directions: Direction) -> None:
+        """What goes in `directions`; without any, in both."""
+        self._become(_Behaviour(delay=seconds, delays=frozenset(directions) or _BOTH))
 
     def drop(self, *directions: Direction) -> None:
-        """Swallow what goes in `directions`; without any, in both."""
+        """What goes in `directions`; without any, in both."""
         self._become(_Behaviour(drops=frozenset(directions) or _BOTH))
+
+    def fade(self, seconds: float) -> None:
+        self._become(_Behaviour(delay=seconds, delays=frozenset({"to_client"}), drops=frozenset({"to_member"})))
 
     def black_hole(self) -> None:
         self._become(_Behaviour(holds=True))
@@ -157,20 +165,38 @@ class Proxy:
             del self._clients[task]
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: Direction) -> None:
+        """Until one of the two has hung up: that, too, is something said, and takes its time."""
+        pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_PIECES)
+        delivery = asyncio.ensure_future(self._deliver(pieces, writer, way))
+        data = b"-"
+        try:
+            while data:
+                try:
+                    data = await reader.read(_CHUNK)
+                except OSError:
+                    data = b""
+                late = self._behaviour.delay if way in self._behaviour.delays else 0.0
+                await pieces.put((self._loop.time() + late, data))
+            await delivery
+        finally:
+            delivery.cancel()
+            await asyncio.gather(delivery, return_exceptions=True)
+
+    async def _deliver(
+        self, pieces: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, way: Direction
+    ) -> None:
         deaf = False
-        with contextlib.suppress(OSError):
-            while data := await reader.read(_CHUNK):
-                await self._goes_on.wait()
-                behaviour = self._behaviour
-                deaf = deaf or way in behaviour.drops
-                if deaf:
-                    continue
-                if behaviour.delay:
-                    await asyncio.sleep(behaviour.delay)
-                    await self._goes_on.wait()
-                writer.write(data)
-                await writer.drain()
-        await self._goes_on.wait()  # that it hung up is something said, too
+        while True:
+            due, data = await pieces.get()
+            await asyncio.sleep(due - self._loop.time())
+            await self._goes_on.wait()
+            if not data:
+                return
+            deaf = deaf or way in self._behaviour.drops
+            if not deaf:
+                with contextlib.suppress(OSError):  # whoever listened is gone: the other way will tell
+                    writer.write(data)
+                    await writer.drain()
 
 
 def _will_reset(client: asyncio.StreamWriter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import socketserver
 import threading
@@ -102,14 +103,20 @@ def test_passes_on_until_told_otherwise(client: socket.socket, proxy: Proxy) -> 
     until(lambda: proxy.connections == 0)
 
 
-def test_delays(client: socket.socket, proxy: Proxy) -> None:
-    """Each direction takes that much longer, and nothing is lost; told to pass on, it is quick again."""
+def test_delays(client: socket.socket, proxy: Proxy, member: Member) -> None:
+    """Each direction takes that much longer, or only one; told to pass on, it is quick again."""
     proxy.delay(0.1)
     began = time.monotonic()
     assert said(client, b"slow") == b"SLOW"
     assert time.monotonic() - began >= 0.2
+    proxy.delay(LONG, "to_client")
+    client.sendall(b"heard")
+    until(lambda: member.heard[-1:] == [b"heard"])
+    assert is_silent(client)
+    proxy.reset()
     proxy.pass_on()
-    assert said(client, b"quick") == b"QUICK"
+    with connected(proxy) as other:
+        assert said(other, b"quick") == b"QUICK"
 
 
 def test_drops_requests(client: socket.socket, proxy: Proxy, member: Member) -> None:
@@ -140,6 +147,18 @@ def test_drops_both_ways_on_new_connections(proxy: Proxy, member: Member) -> Non
         sock.sendall(b"lost")
         assert is_silent(sock)
     assert member.heard == []
+
+
+def test_fades(client: socket.socket, proxy: Proxy, member: Member) -> None:
+    """What was asked before is answered, late; what is asked now is not."""
+    proxy.delay(SILENCE * 2, "to_client")
+    client.sendall(b"before")
+    until(lambda: member.heard[-1:] == [b"before"])
+    proxy.fade(SILENCE * 2)
+    client.sendall(b"now")
+    assert client.recv(100) == b"BEFORE"
+    assert is_silent(client)
+    assert member.heard == [b"hello", b"before"]
 
 
 def test_is_a_black_hole(client: socket.socket, proxy: Proxy, member: Member) -> None:
@@ -204,7 +223,5 @@ def test_close_ends_all(client: socket.socket, proxy: Proxy) -> None:
     proxy.black_hole()
     proxy.close()
     proxy.close()
-    try:
+    with contextlib.suppress(ConnectionResetError):  # if there were bytes that it had not read
         assert client.recv(100) == b""
-    except ConnectionResetError:
-        pass  # there were bytes that it had not read
