@@ -103,7 +103,7 @@ def chaos(
 def _clients(options: Options, transport: Transports, endpoints: Sequence[str]) -> list[Options]:
     """Four that are in and out quickly, two whose bodies outlive many a lease, and one that hears too late from etcd.
 
-    Over both transports in turn, and with a quick one over each on either side. The last one's first renewal is answered
+    Over both transports in turn, with a quick one over each on either side. The last one's first renewal is answered
     after half a TTL, and none after that: all its locks end by being lost.
     """
     over: Sequence[Literal["gateway", "grpc"]] = ("gateway", "grpc") if transport == "both" else (transport,) * 2

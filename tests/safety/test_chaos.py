@@ -12,10 +12,8 @@ from tests.safety.chaos import _too_little, chaos, main
 from tests.safety.checker import check
 from tests.safety.faults import KINDS, Fault, Kind
 from tests.safety.history import History, read
-from tests.safety.witness import Testimony
+from tests.safety.witness import Account
 from tests.servers import skip_or_fail
-
-pytestmark = pytest.mark.slow
 
 BESIDE = ("GIL held",)
 """What comes when a client's dice say so: not to be waited for here. `tests/safety` stages it elsewhere."""
@@ -69,7 +67,7 @@ def test_a_broken_lock_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_what_proves_nothing_fails() -> None:
     """A run in which nothing was done, or nobody got a lock, is not a good one."""
-    nothing = check(History(), Testimony((), 1))
+    nothing = check(History(), Account((), 1))
     assert _too_little(nothing, Counter(), Counter(), 10.0) == [
         "nothing was planned",
         "only 0 acquisitions in 10 s",
