@@ -15,6 +15,7 @@ from tests.safety.history import History, read
 from tests.safety.witness import Account
 from tests.servers import skip_or_fail
 
+ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("GIL held",)
 """What comes when a client's dice say so: not to be waited for here. `tests/safety` stages it elsewhere."""
 EVERYTHING = [
@@ -53,14 +54,23 @@ def test_every_fault_once(tmp_path: Path) -> None:
     assert outcome.report.acquisitions > 50
 
 
-def test_a_broken_lock_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where waiters no longer look for their own key, deleting keys shows it; the run says how to replay it."""
-    said = ["--seconds=8", "--seed=7", "--transport=grpc", "--only=key deleted", "--broken=own-key"]
+def test_a_lock_that_does_not_look_for_its_own_key_is_found(tmp_path: Path) -> None:
+    """By deleting keys: a waiter whose key has gone is let in all the same."""
+    faults = [Fault(1 + number / 5, "key deleted", pick=number * 0.37 % 1) for number in range(40)]
+    found = chaos(tmp_path, faults, broken="own-key").report.violations
+    assert "grant" in {violation.rule for violation in found}
+
+
+def test_a_lease_that_is_trusted_for_too_long_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the client that hears of its renewals too late; and the run says how to do it again."""
+    asked = "SECONDS=12 SEED=7 ARGS=\"--only='key deleted' --broken=trust\""
+    assert f"make chaos {asked}" in (ROOT / "docs" / "safety.md").read_text()
+    said = ["--seconds=12", "--seed=7", "--only=key deleted", "--broken=trust"]
     assert main([*said, f"--history={tmp_path}"]) == 1
     printed = capsys.readouterr().out
-    assert "- grant: " in printed
-    again = """make chaos SECONDS=8 SEED=7 ARGS="--ttl=3 --transport=grpc --only='key deleted' --broken=own-key\""""
-    assert printed.count(again) == 2
+    assert "- vouched: " in printed
+    again = "SECONDS=12 SEED=7 ARGS=\"--ttl=3 --transport=both --only='key deleted' --broken=trust\""
+    assert printed.count(f"make chaos {again}") == 2
     assert str(tmp_path) in printed
     assert read(tmp_path).events
 
