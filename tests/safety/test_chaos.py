@@ -15,6 +15,8 @@ from tests.safety.history import History, read
 from tests.safety.witness import Account
 from tests.servers import skip_or_fail
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("GIL held",)
 """What comes when a client's dice say so: not to be waited for here. `tests/safety` stages it elsewhere."""
