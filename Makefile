@@ -9,7 +9,7 @@ WORKERS ?= 4
 bin := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-grpc-oldest costs coverage check format clean
+.PHONY: help demo test test-grpc-oldest costs coverage chaos check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ coverage: $(VENV)/.test ## the tests once more, with the lines and branches they
 	@COVERAGE_FILE=$(CURDIR)/.coverage $(bin)/coverage run -m pytest $(ARGS)
 	@$(bin)/coverage combine --quiet
 	@$(bin)/coverage report
+
+chaos: $(VENV)/.test ## locks under faults for SECONDS=120, and whether they excluded; SEED=… for the same faults again
+	@$(bin)/python -m tests.safety.chaos --seconds=$(or $(SECONDS),120) $(if $(SEED),--seed=$(SEED)) $(ARGS)
 
 check: $(VENV)/.dev ## ruff, mypy and the import contracts
 	@$(bin)/ruff check
