@@ -14,7 +14,7 @@ fence     the store took no write with an older token after one with a newer
 record    the history is whole: no hold without an end, no line torn, except of a process that was killed; the
           witness has no gap
 
-**Excuses.** Three things let a lock be passed on while a body goes on, and no lock can help it. They are counted apart,
+**Excuses.** Four things let a lock be passed on while a body goes on, and no lock can help it. They are counted apart,
 as `Excused`, each only where the records prove it:
 
 freeze    SIGSTOP inside the critical section: the holder's process did not run from the end of what it had been
@@ -22,6 +22,11 @@ freeze    SIGSTOP inside the critical section: the holder's process did not run 
           ``stall``, a machine too slow to let the process run (its own pulse says so)
 by hand   its key was deleted, or its lease revoked, by hand, and the witness saw the key go at that time; until the
           holder's next look
+etcd      etcd ended its lease early: a leader that was stopped took itself for the leader still when it woke, and sent
+          the revocations that had come due while it slept, though its successor had renewed the leases meanwhile
+          (etcd's issues 12528 and 15247; rarer than it was, and 3.5.16 still does it). The records must show a
+          member that woke up just then after half a TTL or more, that the holder's own process had not asked for the
+          end of the lease, and that all keys of the lease were gone from that revision on
 
 And each only if the fenced store kept the late holder out: every write of its that came after one of the newer holder
 was refused, and there was one, for every body writes at its end. Where the newer holder wrote nothing that was taken
@@ -48,11 +53,13 @@ _AWAKE = 0.15
 its next look. Less than a tenth of the shortest TTL, which is what a session keeps as a margin."""
 _TOLD = 1.0
 """Seconds after which the witness has heard of a key, or nearly always."""
+_WAKES = 1.0
+"""Seconds within which a member that goes on sends what it was about to send, and the others carry it out."""
 _RECENT = 50
 """Holds among which the one before is looked for: more than can be in at once."""
 
 Rule: TypeAlias = Literal["overlap", "vouched", "token", "order", "grant", "key", "loss", "fence", "record"]
-Cause: TypeAlias = Literal["freeze", "gil", "stall", "by hand"]
+Cause: TypeAlias = Literal["freeze", "gil", "stall", "by hand", "etcd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,8 @@ class Report:
     """Holds whose end was that they were said to be lost."""
     losses_by_hand: int
     """Those whose key was taken away by hand: nobody can say that before it has happened."""
+    leases_ended_early: int
+    """By etcd itself, while somebody held a lock under them."""
     losses_in_time: int
     """Those said before anybody else was in, and before the key was seen to be gone."""
     killed: int
@@ -116,6 +125,7 @@ class Report:
             f"acquisitions: {self.acquisitions}, {self.killed} of them ended by SIGKILL",
             f"hand-overs: {self.handovers}, {self.between_processes} of them between processes",
             f"losses: {self.losses}, {self.losses_by_hand} of them by hand, {self.losses_in_time} said in time",
+            f"leases that etcd ended early: {self.leases_ended_early}",
             f"worst takeover: {self.worst_takeover:.2f} s",
             f"writes: {self.writes}, {self.refused} of them refused",
             f"overlaps that no lock can prevent: {', '.join(apart) or 'none'}",
@@ -135,7 +145,7 @@ class _Check:
     def __init__(self, history: History, testimony: Account, ttl: float) -> None:
         self.history = history
         self.testimony = testimony
-        self.noticed_within = 3 * ttl
+        self.ttl = ttl
         self.pauses: Pauses = pauses(history)
         self.holds = holds(history, self.pauses)
         self.found: list[Violation] = []
@@ -156,11 +166,20 @@ class _Check:
                 self.asked[event.name].append((queued.pop(event.hold), event.at))
         self.deleted: defaultdict[str, list[Fault]] = defaultdict(list)
         self.revoked: dict[int, Fault] = {}
+        self.ended: dict[int, Fault] = {}
+        self.slept: list[Fault] = []
         for fault in history.faults:
             if fault.kind == "key_deleted":
                 self.deleted[fault.key].append(fault)
             elif fault.kind == "lease_revoked":
                 self.revoked.setdefault(fault.lease, fault)
+            elif fault.kind == "session_ended":
+                self.ended.setdefault(fault.lease, fault)
+            elif fault.kind == "member_stopped":
+                self.slept.append(fault)
+        self.of_lease: defaultdict[int, list[Lifetime]] = defaultdict(list)
+        for lifetime in testimony.lifetimes:
+            self.of_lease[lifetime.lease].append(lifetime)
 
     def report(self) -> Report:
         self.record()
@@ -181,7 +200,8 @@ class _Check:
             handovers=len(waited),
             between_processes=sum(before.pid != after.pid for before, after in self.handed_over()),
             losses=len(lost),
-            losses_by_hand=sum(self.gone_by_hand(hold, self.testimony.revision) for hold in lost),
+            losses_by_hand=sum(self.taken_away(hold, self.testimony.revision) == "by hand" for hold in lost),
+            leases_ended_early=len({hold.lease for hold in self.holds if self.early(hold)}),
             losses_in_time=sum(self.said_in_time(hold) for hold in lost),
             killed=sum(hold.how == "killed" for hold in self.holds),
             worst_takeover=max(
@@ -248,8 +268,8 @@ class _Check:
         highest: dict[tuple[str, str], Hold] = {}
         for hold in on_name:
             for (mode, what), before in highest.items():
-                if not conflict(mode, hold.mode) or self.gone_by_hand(hold, before.token):
-                    continue  # gone by hand before the other was let in: that may have begun earlier
+                if not conflict(mode, hold.mode) or self.taken_away(hold, before.token):
+                    continue  # gone before the other was let in: that may have begun earlier
                 if what == "token" and hold.token <= before.token:
                     self.violation("token", f"the token of {hold.name} did not grow", before, hold)
                 if what == "order" and hold.created <= before.created:
@@ -294,7 +314,7 @@ class _Check:
         lifetime = self.testimony.of(hold.key, hold.created)
         if lifetime is None:
             self.violation("key", "the witness never saw the key of a hold", hold)
-        elif lifetime.deleted_at < hold.end and not self.by_hand(lifetime, hold.lease):
+        elif lifetime.deleted_at < hold.end and not self.taken(lifetime, hold.lease):
             if lifetime.deleted_at < hold.vouched:
                 self.violation("vouched", "a key went while its holder was promised the lock", hold, lifetime)
             elif self.pause(hold, lifetime.deleted_at) is None:
@@ -305,11 +325,11 @@ class _Check:
         if hold.sure > said:
             self.violation("loss", "a lock that was lost was held again", hold)
         lifetime = self.testimony.of(hold.key, hold.created)
-        if lifetime is None or not self.by_hand(lifetime, hold.lease):
+        if lifetime is None or not self.taken(lifetime, hold.lease):
             return
         unnoticed = self.pauses.awake(hold.pid, lifetime.deleted_at, hold.end)
-        if unnoticed > self.noticed_within:
-            self.violation("loss", f"what was done by hand was not noticed for {unnoticed:.2f} s", hold, lifetime)
+        if unnoticed > 3 * self.ttl:
+            self.violation("loss", f"what was taken away was not noticed for {unnoticed:.2f} s", hold, lifetime)
 
     def said_in_time(self, hold: Hold) -> bool:
         lifetime = self.testimony.of(hold.key, hold.created)
@@ -320,8 +340,9 @@ class _Check:
 
     def excuse(self, late: Hold, newer: Hold) -> Cause | None:
         """Why `late` could not know that `newer` was let in."""
-        if self.gone_by_hand(late, newer.token):
-            return "by hand"
+        cause = self.taken_away(late, newer.token)
+        if cause:
+            return cause
         if newer.begin < late.vouched:
             return None
         return self.pause(late, newer.begin)
@@ -334,10 +355,36 @@ class _Check:
         causes: tuple[Cause, ...] = ("freeze", "gil", "stall")
         return next((cause for cause in causes if cause in kinds), None)
 
-    def gone_by_hand(self, hold: Hold, revision: int) -> bool:
-        """Whether the hold's key was taken away by hand up to `revision`."""
+    def taken_away(self, hold: Hold, revision: float) -> Cause | None:
+        """By whom else the hold's key was taken away up to `revision`."""
         lifetime = self.testimony.of(hold.key, hold.created)
-        return lifetime is not None and lifetime.deleted <= revision and self.by_hand(lifetime, hold.lease)
+        return self.taken(lifetime, hold.lease) if lifetime is not None and lifetime.deleted <= revision else None
+
+    def taken(self, lifetime: Lifetime, lease: int) -> Cause | None:
+        if self.by_hand(lifetime, lease):
+            return "by hand"
+        return "etcd" if self.by_etcd(lifetime, lease) else None
+
+    def early(self, hold: Hold) -> bool:
+        """Whether etcd took the hold's key away while it was promised."""
+        lifetime = self.testimony.of(hold.key, hold.created)
+        return (
+            lifetime is not None
+            and lifetime.deleted_at < min(hold.end, hold.vouched)
+            and self.taken(lifetime, hold.lease) == "etcd"
+        )
+
+    def by_etcd(self, lifetime: Lifetime, lease: int) -> bool:
+        at = lifetime.deleted_at
+        asked = self.ended.get(lease)
+        return (
+            any(
+                sleep.done - sleep.at >= self.ttl / 2 and sleep.done - _WAKES <= at <= sleep.done + _WAKES
+                for sleep in self.slept
+            )
+            and (asked is None or asked.at > at)
+            and all(other.deleted <= lifetime.deleted for other in self.of_lease[lease])
+        )
 
     def by_hand(self, lifetime: Lifetime, lease: int) -> bool:
         faults = list(self.deleted.get(lifetime.key, ()))

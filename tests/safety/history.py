@@ -23,7 +23,9 @@ __all__ = ["Event", "Fault", "History", "Record", "Recorder", "Write", "now", "r
 EventKind: TypeAlias = Literal[
     "queued", "refused", "acquired", "looked", "lost", "left", "released", "gil_taken", "gil_given", "stalled"
 ]
-FaultKind: TypeAlias = Literal["stopped", "continued", "killed", "key_deleted", "lease_revoked", "other"]
+FaultKind: TypeAlias = Literal[
+    "stopped", "continued", "killed", "key_deleted", "lease_revoked", "member_stopped", "session_ended", "other"
+]
 
 
 def now() -> float:
@@ -73,8 +75,9 @@ class Event:
 class Fault:
     """Something that was done to a client process or to etcd on purpose. Whoever does it writes this.
 
-    `at` is before it was done, `done` after. For ``continued`` `done` is what counts, for all others `at`. A kind
-    that the checker need not know is ``other``; `what` says it in words, for people.
+    `at` is before it was done, `done` after. For ``continued`` `done` is what counts, for all others `at`. A member of
+    etcd was ``member_stopped`` from `at` to `done`. ``session_ended`` is no fault: a client asks etcd to revoke its own
+    lease. A kind that the checker need not know is ``other``; `what` says it in words, for people.
     """
 
     kind: FaultKind
@@ -85,7 +88,7 @@ class Fault:
     key: str = ""
     """Of ``key_deleted``."""
     lease: int = 0
-    """Of ``lease_revoked``."""
+    """Of ``lease_revoked`` and ``session_ended``."""
     revision: int = 0
     """At which a key was deleted, where etcd has said so; 0: not known."""
     what: str = ""

@@ -28,7 +28,7 @@ from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable
 from celery_etcd_lock.locks import HeldLock, Mutex, RWLock, Semaphore, Session
 from celery_etcd_lock.locks.lock import Lock
 from tests.safety.broken import BREAKS, LateRenewals
-from tests.safety.history import Event, EventKind, Recorder, now
+from tests.safety.history import Event, EventKind, Fault, Recorder, now
 from tests.safety.store import EtcdStore, StoreClient
 
 __all__ = ["LOCKS", "Options", "command", "main"]
@@ -86,11 +86,27 @@ def command(options: Options) -> list[str]:
     return [sys.executable, "-m", "tests.safety.holders", *said]
 
 
+class Noting:
+    """`inner`, and a note of each lease that it is asked to revoke: by the library, for nobody else here does."""
+
+    def __init__(self, inner: Transport, recorder: Recorder) -> None:
+        self._inner = inner
+        self._recorder = recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def lease_revoke(self, lease: int, **options: Any) -> Any:
+        self._recorder.write(Fault("session_ended", now(), lease=lease))
+        return self._inner.lease_revoke(lease, **options)
+
+
 class Sessions:
     """One session, and the next when that is lost."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, recorder: Recorder) -> None:
         self._options = options
+        self._recorder = recorder
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._transport: Transport | None = None
@@ -105,6 +121,7 @@ class Sessions:
                 self._close()
                 options = self._options
                 transport = connect(options.endpoints, timeout=options.timeout, transport=options.transport)
+                transport = cast("Transport", Noting(transport, self._recorder))
                 if options.late_renewals:
                     transport = cast("Transport", LateRenewals(transport, options.late_renewals))
                 try:
@@ -314,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorder = Recorder(Path(options.history), "holder")
     threading.Thread(target=_pulse, args=(recorder,), daemon=True).start()
     etcd = connect(options.endpoints, timeout=options.timeout, transport=options.transport)
-    sessions = [Sessions(options) for _ in range(options.sessions)]
+    sessions = [Sessions(options, recorder) for _ in range(options.sessions)]
     holders = [
         Holder(number, options, sessions[number % len(sessions)], recorder, etcd, stop)
         for number in range(options.threads)

@@ -149,12 +149,14 @@ class Injector:
 
     def _stop_member(self, fault: Fault) -> bool:
         (member,) = self._members(fault)
-        with self._noted(f"{member.name}, {fault.target}, stopped"):
-            member.pause()
-            try:
-                self._wait(fault.for_)
-            finally:
-                member.resume()
+        member.pause()
+        at = now()
+        try:
+            self._wait(fault.for_)
+        finally:
+            member.resume()
+            what = f"{member.name}, {fault.target}"
+            self._recorder.write(history.Fault("member_stopped", at, now(), what=what))
         return True
 
     def _move_leader(self, fault: Fault) -> bool:

@@ -60,6 +60,7 @@ def _rows(outcome: Outcome) -> Iterator[tuple[str, str]]:
     yield "hand-overs", f"{found.handovers}, {found.between_processes} from one process to another"
     by_hand = f"{found.losses_by_hand} after a key was deleted or a lease revoked by hand"
     yield "losses", f"{found.losses}: {found.losses_in_time} said in time, {by_hand}, the others on waking up"
+    yield "leases that etcd ended early", str(found.leases_ended_early)
     yield "worst takeover", f"{found.worst_takeover:.1f} s"
     late = ", ".join(
         f"{cause} {number} (with {found.overlaps[cause]} others)" for cause, number in sorted(found.late.items())

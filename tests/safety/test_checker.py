@@ -333,6 +333,47 @@ def test_an_excuse_of_somebody_else(excuse: Callable[[Story], None]) -> None:
     assert earlier.rules() == {"overlap", "key"}
 
 
+def ended_early(story: Story, *, slept: float = 3.0, woke: float = 13.4) -> None:
+    """etcd ends the lease of a hold that was promised it until 14.0, and a member woke just before."""
+    refused(story, *overtaken(story, sure=13.0))
+    story.lifetimes.append(Lifetime("/sessions/1", 4, 9.0, 1, 7, 13.5))
+    story.fault("member_stopped", woke - slept, done=woke)
+
+
+def test_a_lease_that_etcd_ended_early() -> None:
+    """A promise that etcd broke right after a leader of it woke up is counted apart, and by how many leases."""
+    story = Story()
+    ended_early(story)
+    report = story.check()
+    assert not report.violations
+    assert report.late == {"etcd": 1}
+    assert (report.leases_ended_early, report.losses_by_hand) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda story: story.fault("session_ended", 13.3, lease=1),
+        lambda story: story.lifetimes.append(Lifetime("/b/write/1", 6, 13.45, 1, 9, 13.9)),
+    ],
+    ids=["its own client asked for that", "the lease lived on"],
+)
+def test_a_lease_that_something_else_ended(told: Callable[[Story], None]) -> None:
+    """What could be the library's own doing is not excused by a member that woke up."""
+    story = Story()
+    ended_early(story)
+    told(story)
+    assert "vouched" in story.rules()
+
+
+@pytest.mark.parametrize(("slept", "woke"), [(1.0, 13.4), (3.0, 12.0), (3.0, 14.9)])
+def test_a_member_that_woke_at_another_time(slept: float, woke: float) -> None:
+    """Or that had slept for a moment only: no lease can have run out meanwhile."""
+    story = Story()
+    ended_early(story, slept=slept, woke=woke)
+    assert "vouched" in story.rules()
+
+
 def test_a_freeze_that_ended_too_early() -> None:
     """A process that was awake for a while after its promise had ended, and did not notice, is not excused."""
     story = Story()
