@@ -46,9 +46,8 @@ _SIDES: Sequence[Side] = ("left", "right")
 _CALM = 90.0
 """Seconds in which everybody must have got through again after the last fault."""
 _LATE = 0.4
-"""In TTLs, from when a renewal is sent to its answer. It is sent at 0.33, and must be answered before the trust in the
-grant ends, at 0.9, on a slow machine too; whoever trusts from the answer on then does so until 0.3 after the lease's end.
-"""
+"""In TTLs, from when a renewal is sent, at 0.33, to its answer, which must come before the trust in the grant ends, at
+0.9, on a slow machine too. Whoever trusts from the answer on does so until 0.3 after the lease's end."""
 _LEAST = 1.0
 """Acquisitions a second, on average: fewer prove nothing."""
 
@@ -115,7 +114,9 @@ def _clients(options: Options, transport: Transports, endpoints: Sequence[str]) 
     made += [
         replace(options, transport=each, threads=2, stay=2.5, wait=8.0, locks="mutex:l1,slot:l2:2") for each in over
     ]
-    made.append(replace(options, sessions=2, stay=0.6, wait=8.0, locks="mutex:t1", late_renewals=_LATE * options.ttl))
+    # A session to each thread, so that none hears of its loss from another.
+    late = replace(options, threads=2, sessions=2, stay=1.5, wait=8.0, locks="mutex:t1")
+    made.append(replace(late, late_renewals=_LATE * options.ttl))
     sides = (0, 1, 1, 0, 0, 1, 0)
     return [replace(each, endpoints=endpoints[side]) for each, side in zip(made, sides, strict=True)]
 

@@ -24,9 +24,10 @@ by hand   its key was deleted, or its lease revoked, by hand, and the witness sa
           holder's next look
 etcd      etcd ended its lease early: a leader that was stopped took itself for the leader still when it woke, and sent
           the revocations that had come due while it slept, though its successor had renewed the leases meanwhile
-          (etcd's issues 12528 and 15247; rarer than it was, and 3.5.16 still does it). The records must show a
-          member that woke up just then after half a TTL or more, that the holder's own process had not asked for the
-          end of the lease, and that all keys of the lease were gone from that revision on
+          (etcd's issues 12528 and 15247; rarer than it was, and 3.5.16 still does it). The records must show that
+          etcd had answered a renewal on the wire, that the key was gone before the whole TTL from the sending of it
+          was over, whatever the library made of that; that it was the lease that had ended, for the session's key
+          went at the same revision; and that the holder's own process had not asked for that
 
 And each only if the fenced store kept the late holder out: every write of its that came after one of the newer holder
 was refused, and there was one, for every body writes at its end. Where the newer holder wrote nothing that was taken
@@ -53,8 +54,6 @@ _AWAKE = 0.15
 its next look. Less than a tenth of the shortest TTL, which is what a session keeps as a margin."""
 _TOLD = 1.0
 """Seconds after which the witness has heard of a key, or nearly always."""
-_WAKES = 1.0
-"""Seconds within which a member that goes on sends what it was about to send, and the others carry it out."""
 _RECENT = 50
 """Holds among which the one before is looked for: more than can be in at once."""
 
@@ -167,7 +166,8 @@ class _Check:
         self.deleted: defaultdict[str, list[Fault]] = defaultdict(list)
         self.revoked: dict[int, Fault] = {}
         self.ended: dict[int, Fault] = {}
-        self.slept: list[Fault] = []
+        self.promised: defaultdict[int, float] = defaultdict(float)
+        """Of each lease, until when etcd itself, on the wire, has promised it."""
         for fault in history.faults:
             if fault.kind == "key_deleted":
                 self.deleted[fault.key].append(fault)
@@ -175,11 +175,10 @@ class _Check:
                 self.revoked.setdefault(fault.lease, fault)
             elif fault.kind == "session_ended":
                 self.ended.setdefault(fault.lease, fault)
-            elif fault.kind == "member_stopped":
-                self.slept.append(fault)
-        self.of_lease: defaultdict[int, list[Lifetime]] = defaultdict(list)
-        for lifetime in testimony.lifetimes:
-            self.of_lease[lifetime.lease].append(lifetime)
+            elif fault.kind == "lease_promised":
+                self.promised[fault.lease] = max(self.promised[fault.lease], fault.until)
+        self.sessions = {each.lease: each for each in testimony.lifetimes if "/sessions/" in each.key}
+        """The key of each session, by its lease: whoever ends the lease takes it, too, and nobody else does."""
 
     def report(self) -> Report:
         self.record()
@@ -375,15 +374,12 @@ class _Check:
         )
 
     def by_etcd(self, lifetime: Lifetime, lease: int) -> bool:
-        at = lifetime.deleted_at
-        asked = self.ended.get(lease)
+        at, session, asked = lifetime.deleted_at, self.sessions.get(lease), self.ended.get(lease)
         return (
-            any(
-                sleep.done - sleep.at >= self.ttl / 2 and sleep.done - _WAKES <= at <= sleep.done + _WAKES
-                for sleep in self.slept
-            )
+            at < self.promised[lease]
+            and session is not None
+            and session.deleted == lifetime.deleted
             and (asked is None or asked.at > at)
-            and all(other.deleted <= lifetime.deleted for other in self.of_lease[lease])
         )
 
     def by_hand(self, lifetime: Lifetime, lease: int) -> bool:
