@@ -21,7 +21,9 @@ __all__ = ["Clients"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _GIL_PATIENCE = 60.0
-"""Seconds until a client that may hold the GIL must have done it: a body in fifty does."""
+"""Seconds until a client that may hold the GIL must have done it."""
+_GIL_ODDS = 0.2
+"""It is not to wait for many acquisitions: on a slow machine a minute has few. Nor is every body to do it."""
 
 
 class Client:
@@ -113,7 +115,7 @@ class Clients:
     def hold_gil(self, seconds: float, ended: threading.Event) -> bool:
         """Have one more, for as long as it takes it to hold the GIL once; whether it did."""
         like = self._options[self._started % len(self._options)]
-        client = self._start(replace(like, gil=seconds, locks="mutex:m1", stay=0.005))
+        client = self._start(replace(like, gil=seconds, gil_odds=_GIL_ODDS, locks="mutex:m1", stay=0.005))
         self._others.append(client)
         until = now() + _GIL_PATIENCE
         did = False

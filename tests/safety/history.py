@@ -24,7 +24,7 @@ EventKind: TypeAlias = Literal[
     "queued", "refused", "acquired", "looked", "lost", "left", "released", "gil_taken", "gil_given", "stalled"
 ]
 FaultKind: TypeAlias = Literal[
-    "stopped", "continued", "killed", "key_deleted", "lease_revoked", "member_stopped", "session_ended", "other"
+    "stopped", "continued", "killed", "key_deleted", "lease_revoked", "lease_promised", "session_ended", "other"
 ]
 
 
@@ -75,9 +75,10 @@ class Event:
 class Fault:
     """Something that was done to a client process or to etcd on purpose. Whoever does it writes this.
 
-    `at` is before it was done, `done` after. For ``continued`` `done` is what counts, for all others `at`. A member of
-    etcd was ``member_stopped`` from `at` to `done`. ``session_ended`` is no fault: a client asks etcd to revoke its own
-    lease. A kind that the checker need not know is ``other``; `what` says it in words, for people.
+    `at` is before it was done, `done` after. For ``continued`` `done` is what counts, for all others `at`. Two
+    are no faults, but what went over the wire: ``lease_promised``, etcd has answered a grant or renewal that was sent
+    `at`, and ``session_ended``, a client asks etcd to revoke its own lease. A kind that the checker need not know is
+    ``other``; `what` says it in words, for people.
     """
 
     kind: FaultKind
@@ -88,7 +89,9 @@ class Fault:
     key: str = ""
     """Of ``key_deleted``."""
     lease: int = 0
-    """Of ``lease_revoked`` and ``session_ended``."""
+    """Of ``lease_revoked``, ``lease_promised`` and ``session_ended``."""
+    until: float = 0.0
+    """Of ``lease_promised``: `at`, and the whole TTL of the answer. No earlier, etcd says, does the lease end."""
     revision: int = 0
     """At which a key was deleted, where etcd has said so; 0: not known."""
     what: str = ""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from celery_etcd_lock.etcd import connect
-from celery_etcd_lock.etcd.api import Transport
+from celery_etcd_lock.etcd.api import LeaseReply, Transport, Txn, TxnReply
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable
 from celery_etcd_lock.locks import HeldLock, Mutex, RWLock, Semaphore, Session
 from celery_etcd_lock.locks.lock import Lock
@@ -87,14 +87,35 @@ def command(options: Options) -> list[str]:
 
 
 class Noting:
-    """`inner`, and a note of each lease that it is asked to revoke: by the library, for nobody else here does."""
+    """`inner`, and a note of what was said of leases: of each promise by etcd, and of each end that we ask for.
+
+    An answer from before an election that an answer has told of already is no promise.
+    """
 
     def __init__(self, inner: Transport, recorder: Recorder) -> None:
         self._inner = inner
         self._recorder = recorder
+        self._term = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    def txn(self, request: Txn, **options: Any) -> TxnReply:
+        reply = self._inner.txn(request, **options)
+        self._term = max(self._term, reply.header.raft_term)
+        return reply
+
+    def lease_grant(self, ttl: int, **options: Any) -> LeaseReply:
+        return self._promised(now(), self._inner.lease_grant(ttl, **options))
+
+    def lease_renew(self, lease: int, **options: Any) -> LeaseReply:
+        return self._promised(now(), self._inner.lease_renew(lease, **options))
+
+    def _promised(self, sent: float, reply: LeaseReply) -> LeaseReply:
+        if reply.ttl > 0 and reply.header.raft_term >= self._term:
+            self._term = reply.header.raft_term
+            self._recorder.write(Fault("lease_promised", sent, now(), lease=reply.lease, until=sent + reply.ttl))
+        return reply
 
     def lease_revoke(self, lease: int, **options: Any) -> Any:
         self._recorder.write(Fault("session_ended", now(), lease=lease))
@@ -125,7 +146,7 @@ class Sessions:
                 if options.late_renewals:
                     transport = cast("Transport", LateRenewals(transport, options.late_renewals))
                 try:
-                    self._session = Session(transport, ttl=options.ttl)
+                    self._session = Session(transport, ttl=options.ttl, namespace=options.prefix.strip("/"))
                 except BaseException:
                     transport.close()
                     raise
@@ -266,7 +287,7 @@ class _Hold:
         if self.body(held):
             self.say("left", now())
             # After `left`: whoever gets in before that is over, and writes, is written against.
-            self.write(held, 5.0)
+            self.write(held, 15.0)
         else:
             self.write_late(held)
         self.say("released", now(), why=held.release())

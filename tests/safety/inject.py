@@ -15,6 +15,7 @@ import urllib3
 
 from celery_etcd_lock.etcd.api import Delete, KeyValue, Range, Transport, Txn, created_at, prefix_end
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable
+from celery_etcd_lock.locks.queue import is_contender
 from celery_etcd_lock.testing import EtcdCluster, EtcdServer
 from tests.safety import history
 from tests.safety.clients import Clients
@@ -149,14 +150,12 @@ class Injector:
 
     def _stop_member(self, fault: Fault) -> bool:
         (member,) = self._members(fault)
-        member.pause()
-        at = now()
-        try:
-            self._wait(fault.for_)
-        finally:
-            member.resume()
-            what = f"{member.name}, {fault.target}"
-            self._recorder.write(history.Fault("member_stopped", at, now(), what=what))
+        with self._noted(f"{member.name}, {fault.target}, stopped"):
+            member.pause()
+            try:
+                self._wait(fault.for_)
+            finally:
+                member.resume()
         return True
 
     def _move_leader(self, fault: Fault) -> bool:
@@ -302,7 +301,7 @@ class Injector:
         except EtcdUnavailable:
             self._wait(0.2)
             return None
-        there = [kv for kv in reply.kvs if kv.lease]
+        there = [kv for kv in reply.kvs if is_contender(kv.key, kv.lease)]
         first = {kv.key.split("/write/")[0].split("/read/")[0].split("/slot/")[0]: kv for kv in reversed(there)}
         several = list(first.values()) if int(fault.pick * 100) % 2 else there
         until = now() + 1.0

@@ -52,8 +52,9 @@ def test_every_fault_once(tmp_path: Path) -> None:
     assert set(outcome.injected) == set(KINDS) - set(BESIDE)
     assert all(outcome.injected[fault.kind] for fault in EVERYTHING)
     noted = {fault.kind for fault in read(tmp_path).faults}
-    assert noted == {"stopped", "continued", "killed", "key_deleted", "lease_revoked", "other"}
-    assert outcome.report.acquisitions > 50
+    done = {"stopped", "continued", "killed", "key_deleted", "lease_revoked", "other"}
+    assert noted == done | {"lease_promised", "session_ended"}
+    assert outcome.report.acquisitions > 20
 
 
 def test_a_lock_that_does_not_look_for_its_own_key_is_found(tmp_path: Path) -> None:
@@ -64,17 +65,22 @@ def test_a_lock_that_does_not_look_for_its_own_key_is_found(tmp_path: Path) -> N
 
 
 def test_a_lease_that_is_trusted_for_too_long_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the client that hears of its renewals too late; and the run says how to do it again."""
-    asked = "SECONDS=12 SEED=7 ARGS=\"--only='key deleted' --broken=trust\""
+    """By the client that hears of its renewals too late, if not in the first run; and a run says how to do it again."""
+    asked = "SECONDS=20 SEED=7 ARGS=\"--ttl=4 --only='history compacted' --broken=trust\""
     assert f"make chaos {asked}" in (ROOT / "docs" / "safety.md").read_text()
-    said = ["--seconds=12", "--seed=7", "--only=key deleted", "--broken=trust"]
-    assert main([*said, f"--history={tmp_path}"]) == 1
-    printed = capsys.readouterr().out
+    said = ["--seconds=20", "--seed=7", "--ttl=4", "--only=history compacted", "--broken=trust"]
+    for run in range(3):  # whether anybody is in at the end of a lease that is trusted still is up to the machine
+        folder = tmp_path / str(run)
+        failed = main([*said, f"--history={folder}"])
+        printed = capsys.readouterr().out
+        if "- vouched: " in printed:
+            break
+    assert failed
     assert "- vouched: " in printed
-    again = "SECONDS=12 SEED=7 ARGS=\"--ttl=3 --transport=both --only='key deleted' --broken=trust\""
+    again = "SECONDS=20 SEED=7 ARGS=\"--ttl=4 --transport=both --only='history compacted' --broken=trust\""
     assert printed.count(f"make chaos {again}") == 2
-    assert str(tmp_path) in printed
-    assert read(tmp_path).events
+    assert str(folder) in printed
+    assert read(folder).events
 
 
 def test_what_proves_nothing_fails() -> None:
