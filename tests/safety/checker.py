@@ -163,6 +163,7 @@ class _Check:
                 queued[event.hold] = event.at
             elif event.kind in ("acquired", "refused") and event.hold in queued:
                 self.asked[event.name].append((queued.pop(event.hold), event.at))
+        self.killed = {fault.pid for fault in history.faults if fault.kind == "killed"}
         self.deleted: defaultdict[str, list[Fault]] = defaultdict(list)
         self.revoked: dict[int, Fault] = {}
         self.ended: dict[int, Fault] = {}
@@ -217,10 +218,9 @@ class _Check:
     # -- the record itself
 
     def record(self) -> None:
-        killed = {fault.pid for fault in self.history.faults if fault.kind == "killed"}
         for gap in self.testimony.gaps:
             self.violation("record", f"the witness has a gap: {gap}")
-        for pid in self.history.torn - killed:
+        for pid in self.history.torn - self.killed:
             self.violation("record", f"a line of process {pid} is torn, and nobody killed it")
         for hold in self.holds:
             if hold.how == "vanished":
@@ -313,8 +313,10 @@ class _Check:
         lifetime = self.testimony.of(hold.key, hold.created)
         if lifetime is None:
             self.violation("key", "the witness never saw the key of a hold", hold)
-        elif lifetime.deleted_at < hold.end and not self.taken(lifetime, hold.lease):
+        elif lifetime.deleted_at < hold.end and (cause := self.taken(lifetime, hold.lease)) != "by hand":
             if lifetime.deleted_at < hold.vouched:
+                if cause == "etcd":
+                    return
                 self.violation("vouched", "a key went while its holder was promised the lock", hold, lifetime)
             elif self.pause(hold, lifetime.deleted_at) is None:
                 self.violation("key", "a key went while it was held", hold, lifetime, *self.evidence(hold))
@@ -339,12 +341,10 @@ class _Check:
 
     def excuse(self, late: Hold, newer: Hold) -> Cause | None:
         """Why `late` could not know that `newer` was let in."""
-        cause = self.taken_away(late, newer.token)
-        if cause:
+        cause = self.taken_away(late, newer.token, newer.begin)
+        if cause == "by hand" or newer.begin < late.vouched:
             return cause
-        if newer.begin < late.vouched:
-            return None
-        return self.pause(late, newer.begin)
+        return self.pause(late, newer.begin)  # it should have known by then, whatever etcd had done before
 
     def pause(self, hold: Hold, at: float) -> Cause | None:
         """What kept the holder's process from running from the end of what it was promised until `at`."""
@@ -354,15 +354,15 @@ class _Check:
         causes: tuple[Cause, ...] = ("freeze", "gil", "stall")
         return next((cause for cause in causes if cause in kinds), None)
 
-    def taken_away(self, hold: Hold, revision: float) -> Cause | None:
-        """By whom else the hold's key was taken away up to `revision`."""
+    def taken_away(self, hold: Hold, revision: float, at: float = _NEVER) -> Cause | None:
+        """By whom else the hold's key was taken away up to `revision`, which somebody knew `at` that time."""
         lifetime = self.testimony.of(hold.key, hold.created)
-        return self.taken(lifetime, hold.lease) if lifetime is not None and lifetime.deleted <= revision else None
+        return self.taken(lifetime, hold.lease, at) if lifetime is not None and lifetime.deleted <= revision else None
 
-    def taken(self, lifetime: Lifetime, lease: int) -> Cause | None:
+    def taken(self, lifetime: Lifetime, lease: int, at: float = _NEVER) -> Cause | None:
         if self.by_hand(lifetime, lease):
             return "by hand"
-        return "etcd" if self.by_etcd(lifetime, lease) else None
+        return "etcd" if self.by_etcd(lifetime, lease, min(at, lifetime.deleted_at)) else None
 
     def early(self, hold: Hold) -> bool:
         """Whether etcd took the hold's key away while it was promised."""
@@ -373,8 +373,9 @@ class _Check:
             and self.taken(lifetime, hold.lease) == "etcd"
         )
 
-    def by_etcd(self, lifetime: Lifetime, lease: int) -> bool:
-        at, session, asked = lifetime.deleted_at, self.sessions.get(lease), self.ended.get(lease)
+    def by_etcd(self, lifetime: Lifetime, lease: int, at: float) -> bool:
+        """Whether etcd, by its own word, had no right to end the lease that was gone `at` that time."""
+        session, asked = self.sessions.get(lease), self.ended.get(lease)
         return (
             at < self.promised[lease]
             and session is not None
@@ -401,11 +402,16 @@ class _Check:
         taken = [write for write in tries if write.accepted]
         if taken:
             self.violation("fence", f"the store took a late write ({cause})", late, newer, *taken)
-        elif not tries and first is not None and late.how != "killed" and first.at < late.end:
+        elif not tries and first is not None and not self.cut_off(late) and first.at < late.end:
             self.violation("fence", f"nothing shows that the store keeps it out ({cause})", late, newer, first)
         else:
             fence: Literal["refused", "nothing came late"] = "refused" if tries else "nothing came late"
             self.excused.setdefault((late.id, newer.id), Excused(cause, late, newer, fence))
+
+    def cut_off(self, hold: Hold) -> bool:
+        """Whether its process was killed in it, or after it but before it could say what became of its last write."""
+        released = any(event.kind == "released" for event in hold.events)
+        return hold.how == "killed" or (hold.pid in self.killed and not released)
 
     def fence(self) -> None:
         """The store's own account, by itself."""

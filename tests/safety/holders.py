@@ -287,7 +287,7 @@ class _Hold:
         if self.body(held):
             self.say("left", now())
             # After `left`: whoever gets in before that is over, and writes, is written against.
-            self.write(held, 5.0)
+            self.write(held, 15.0)
         else:
             self.write_late(held)
         self.say("released", now(), why=held.release())

@@ -333,6 +333,20 @@ def test_an_excuse_of_somebody_else(excuse: Callable[[Story], None]) -> None:
     assert earlier.rules() == {"overlap", "key"}
 
 
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_late_holder_that_is_killed_with_its_last_write_under_way(*, answered: bool) -> None:
+    """Nothing need show what became of that write; of one that was answered something must."""
+    story = Story()
+    late, newer = overtaken(story)
+    story.fault("key_deleted", 13.4, key="/a/write/1", revision=7)
+    story.write(late, 10.1, 5)
+    story.write(newer, 14.1, 7)
+    if answered:
+        story.event("released", 20.5, pid=1, hold=late)
+    story.fault("killed", 21.0, pid=1)
+    assert story.rules() == ({"fence"} if answered else set())
+
+
 def ended_early(story: Story, *, until: float = 14.0, session: float = 7) -> None:
     """The lease of a hold ends at 13.5, with the session's key, and etcd has promised it `until` then."""
     refused(story, *overtaken(story, sure=13.0))
@@ -350,6 +364,25 @@ def test_a_lease_that_etcd_ended_early() -> None:
     assert not report.violations
     assert report.late == {"etcd": 1}
     assert (report.leases_ended_early, report.losses_by_hand) == (1, 0)
+
+
+def test_a_lease_that_etcd_ended_early_told_late() -> None:
+    """The witness may hear of it late: that another was let in shows it, too."""
+    story = Story()
+    refused(story, story.hold(1, 10.0, 14.4, created=5, deleted=7, sure=13.9, gone=14.3), "2-6")
+    story.hold(2, 14.0, 15.0, created=6, token=7, deleted=8)
+    story.lifetimes.append(Lifetime("/sessions/1", 4, 9.0, 1, 7, 14.3))
+    story.fault("lease_promised", 11.0, done=11.1, lease=1, until=14.2)
+    assert "overlap" not in story.rules()
+    assert story.check().late == {"etcd": 1}
+
+
+def test_a_holder_that_goes_on_after_a_lease_that_etcd_ended_early() -> None:
+    """Until the end of its own promise the holder could not know: after it, this excuses nothing."""
+    story = Story()
+    ended_early(story, until=13.8)
+    story.records = [replace(e, remaining=0.7) if isinstance(e, Event) and e.remaining else e for e in story.records]
+    assert "overlap" in story.rules()
 
 
 def test_a_lease_that_its_own_client_ended() -> None:
