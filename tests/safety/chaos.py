@@ -48,7 +48,7 @@ _CALM = 90.0
 _LATE = 0.4
 """In TTLs, from when a renewal is sent, at 0.33, to its answer, which must come before the trust in the grant ends, at
 0.9, on a slow machine too. Whoever trusts from the answer on does so until 0.3 after the lease's end."""
-_LEAST = 1.0
+_LEAST = 0.5
 """Acquisitions a second, on average: fewer prove nothing."""
 
 

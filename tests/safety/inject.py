@@ -308,6 +308,6 @@ class Injector:
         while self._witness.told < reply.header.revision and now() < until:
             self._wait(0.002)
         if not several or self._witness.told < reply.header.revision:
-            self._wait(0.05)
+            self._wait(0.5)  # all of them may have just been started, or be cut off
             return None
         return fault.picked(several)
