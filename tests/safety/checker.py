@@ -27,7 +27,8 @@ etcd      etcd ended its lease early: a leader that was stopped took itself for 
           (etcd's issues 12528 and 15247; rarer than it was, and 3.5.16 still does it). The records must show that
           etcd had answered a renewal on the wire, that the key was gone before the whole TTL from the sending of it
           was over, whatever the library made of that; that it was the lease that had ended, for the session's key
-          went at the same revision; and that the holder's own process had not asked for that
+          went at the same revision; and that the holder's own process had not asked for that. It lasts until the end
+          of what the holder was promised, or its session since then
 
 And each only if the fenced store kept the late holder out: every write of its that came after one of the newer holder
 was refused, and there was one, for every body writes at its end. Where the newer holder wrote nothing that was taken
@@ -313,10 +314,8 @@ class _Check:
         lifetime = self.testimony.of(hold.key, hold.created)
         if lifetime is None:
             self.violation("key", "the witness never saw the key of a hold", hold)
-        elif lifetime.deleted_at < hold.end and (cause := self.taken(lifetime, hold.lease)) != "by hand":
+        elif lifetime.deleted_at < hold.end and not self.taken(lifetime, hold.lease):
             if lifetime.deleted_at < hold.vouched:
-                if cause == "etcd":
-                    return
                 self.violation("vouched", "a key went while its holder was promised the lock", hold, lifetime)
             elif self.pause(hold, lifetime.deleted_at) is None:
                 self.violation("key", "a key went while it was held", hold, lifetime, *self.evidence(hold))
@@ -344,7 +343,10 @@ class _Check:
         cause = self.taken_away(late, newer.token, newer.begin)
         if cause == "by hand" or newer.begin < late.vouched:
             return cause
-        return self.pause(late, newer.begin)  # it should have known by then, whatever etcd had done before
+        # Its session may have been promised more since it looked. After that it should have known, whatever etcd did.
+        if cause == "etcd" and newer.begin < self.promised[late.lease]:
+            return cause
+        return self.pause(late, newer.begin)
 
     def pause(self, hold: Hold, at: float) -> Cause | None:
         """What kept the holder's process from running from the end of what it was promised until `at`."""
@@ -365,13 +367,9 @@ class _Check:
         return "etcd" if self.by_etcd(lifetime, lease, min(at, lifetime.deleted_at)) else None
 
     def early(self, hold: Hold) -> bool:
-        """Whether etcd took the hold's key away while it was promised."""
+        """Whether etcd took the hold's key away while it had promised the lease."""
         lifetime = self.testimony.of(hold.key, hold.created)
-        return (
-            lifetime is not None
-            and lifetime.deleted_at < min(hold.end, hold.vouched)
-            and self.taken(lifetime, hold.lease) == "etcd"
-        )
+        return lifetime is not None and lifetime.deleted_at < hold.end and self.taken(lifetime, hold.lease) == "etcd"
 
     def by_etcd(self, lifetime: Lifetime, lease: int, at: float) -> bool:
         """Whether etcd, by its own word, had no right to end the lease that was gone `at` that time."""

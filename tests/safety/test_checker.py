@@ -377,6 +377,16 @@ def test_a_lease_that_etcd_ended_early_told_late() -> None:
     assert story.check().late == {"etcd": 1}
 
 
+def test_a_lease_that_etcd_ended_early_after_the_holders_last_look() -> None:
+    """A session is promised more by each renewal, which a holder that does not look again hears nothing of."""
+    story = Story()
+    ended_early(story, until=14.5)
+    story.records = [replace(e, remaining=0.2) if isinstance(e, Event) and e.remaining else e for e in story.records]
+    report = story.check()
+    assert not report.violations
+    assert (report.late, report.leases_ended_early) == ({"etcd": 1}, 1)
+
+
 def test_a_holder_that_goes_on_after_a_lease_that_etcd_ended_early() -> None:
     """Until the end of its own promise the holder could not know: after it, this excuses nothing."""
     story = Story()
