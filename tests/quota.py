@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from contextlib import closing
 
 from celery_etcd_lock.etcd import connect
-from celery_etcd_lock.etcd.api import Put, Range, Txn
+from celery_etcd_lock.etcd.api import Put, Range, Transport, Txn
 from celery_etcd_lock.exceptions import NoSpace
 from celery_etcd_lock.testing import EtcdServer
 from tests.servers import skip_or_fail
 
-__all__ = ["fill", "make_room", "small_etcd"]
+__all__ = ["fill", "make_room", "small_etcd", "until_full"]
 
 
 def small_etcd() -> EtcdServer:
@@ -25,13 +26,24 @@ def small_etcd() -> EtcdServer:
 
 
 def fill(server: EtcdServer) -> str:
-    """Put one key again and again, until `server` takes no more. What it then says."""
+    """Have somebody else put until `server` takes no more. What it then says."""
     with closing(connect(server.url)) as transport:
+        return str(until_full(transport))
+
+
+def until_full(transport: Transport) -> NoSpace:
+    """Put one key again and again, until etcd takes no more. How it refuses.
+
+    etcd compares its quota with the size of its file, which grows with each commit of its backend: every 100 ms, by
+    default. A fast machine can put any amount in between, so this goes by time, and slowly.
+    """
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
         try:
-            for _ in range(100):
-                transport.txn(Txn([], [Put("/somebody/elses", bytes(500_000))]))
+            transport.txn(Txn([], [Put("/somebody/elses", bytes(300_000))]))
         except NoSpace as full:
-            return str(full)
+            return full
+        time.sleep(0.02)
     raise AssertionError("it never said that it is full")
 
 
