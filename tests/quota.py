@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from contextlib import closing
 
 from celery_etcd_lock.etcd import connect
@@ -13,6 +12,7 @@ from celery_etcd_lock.etcd.api import Put, Range, Transport, Txn
 from celery_etcd_lock.exceptions import NoSpace
 from celery_etcd_lock.testing import EtcdServer
 from tests.servers import skip_or_fail
+from tests.workers import until
 
 __all__ = ["fill", "make_room", "small_etcd", "until_full"]
 
@@ -37,14 +37,16 @@ def until_full(transport: Transport) -> NoSpace:
     etcd compares its quota with the size of its file, which grows with each commit of its backend: every 100 ms, by
     default. A fast machine can put any amount in between, so this goes by time, and slowly.
     """
-    give_up = time.monotonic() + 60
-    while time.monotonic() < give_up:
+
+    def refused() -> NoSpace | None:
         try:
             transport.txn(Txn([], [Put("/somebody/elses", bytes(300_000))]))
         except NoSpace as full:
             return full
-        time.sleep(0.02)
-    raise AssertionError("it never said that it is full")
+        return None
+
+    full: NoSpace = until(refused, "that etcd is full")
+    return full
 
 
 def make_room(server: EtcdServer, said: str) -> None:
