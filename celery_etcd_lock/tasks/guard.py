@@ -1,16 +1,19 @@
 """Running a task's body under its lock: take it, run, give it back; and what to do where that cannot be.
 
 Whatever happens, the message ends as run, as skipped because its author wished so, as FAILURE that says why, or as
-the same message put back in its queue. Only this module acts; `conflict` decides, `keys` names.
+the same message put back in its queue. Only this module acts; `conflict` decides, `keys` names, `options` says what
+holds for this call.
 """
 
 from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from celery_etcd_lock import signals
 from celery_etcd_lock.exceptions import (
     ConfigError,
     EtcdLockError,
@@ -23,7 +26,9 @@ from celery_etcd_lock.exceptions import (
 from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
 from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
-from celery_etcd_lock.tasks.putback import Waits, countdown_ceiling, forget_waits, put_back
+from celery_etcd_lock.tasks.message import Waits, forget_waits, options_in
+from celery_etcd_lock.tasks.options import behaviour, mode_name
+from celery_etcd_lock.tasks.putback import countdown_ceiling, put_back
 from celery_etcd_lock.tasks.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -44,157 +49,198 @@ def run_alone(
     task: SingletonTask, request: Context, args: tuple[Any, ...], kwargs: dict[str, Any], body: Callable[[], Any]
 ) -> Any:
     """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name."""
-    runtime = Runtime.of(task.app)
-    name = task.lock_name(args, kwargs)
-    waits = Waits.of(request)
-    if runtime.settings.enabled == "observe":
-        return _observe(runtime, name, task, request, body)
-    policy = task.conflict_policy()
-    try:
-        held = _take(runtime, name, policy, task, request, waits)
-    except LockContended as contended:
-        runtime.outage.over()
-        return _refused(task, request, policy, waits, contended)
-    except ConfigError:
-        raise
-    except LockLost as error:
-        # Its place in the queue, not etcd: whoever else holds the lock still does.
-        if request.is_eager:
-            raise
-        raise put_back(task, request, waits.unavailable(), error, _pause(task, waits)) from None
-    except EtcdLockError as error:
-        return _unavailable(runtime, task, request, name, waits, error, body)
-    return _run(task, request, held, body)
+    return _Turn(task, request, task.lock_name(args, kwargs), body).run()
 
 
-def _observe(runtime: Runtime, name: str, task: SingletonTask, request: Context, body: Callable[[], Any]) -> Any:
-    """Run `body` whatever happens, under the lock if it is free; say what locking would have prevented."""
-    held: HeldLock | None = None
-    try:
-        describe = _description(task, request)
-        held = runtime.acquire(name, task._mode, blocking=False, timeout=None, describe=describe)
-        set_lock(request, held)
-    except EtcdLockError as error:
-        set_lock(request, Unlocked(name))
-        would = f"meet its on_conflict, {task.conflict_policy()!r}" if isinstance(error, LockContended) else "not lock"
-        logger.warning("etcd_lock.observed: %s[%s] would %s: %s", task.name, request.id, would, error)
-    try:
-        return body()
-    finally:
-        if held is not None:
-            _give_back(task, request, held)
+class _Turn:
+    """One delivery of one message: its turn to run."""
 
+    def __init__(self, task: SingletonTask, request: Context, name: str, body: Callable[[], Any]) -> None:
+        self.task = task
+        self.request = request
+        self.id = str(request.id or "")
+        self.name = name
+        self.body = body
+        self.runtime = Runtime.of(task.app)
+        self.waits = Waits.of(request)
+        self.holds = behaviour(task, self.runtime.settings, options_in(request.headers))
+        self.since = 0.0
+        """When the lock was taken, by the monotonic clock."""
 
-def _description(task: SingletonTask, request: Context) -> dict[str, str | int]:
-    return {"task": task.name, "task_id": str(request.id), "retries": request.retries or 0}
-
-
-def _take(
-    runtime: Runtime, name: str, policy: conflict.Conflict, task: SingletonTask, request: Context, waits: Waits
-) -> HeldLock:
-    describe = _description(task, request)
-    try:
-        return runtime.acquire(name, task._mode, blocking=False, timeout=None, describe=describe)
-    except LockContended as contended:
-        action = _decide(policy, contended, request, waits, task)
-        if not isinstance(action, conflict.WaitInPlace):
-            raise
-        return runtime.acquire(name, task._mode, blocking=True, timeout=action.timeout, describe=describe)
-
-
-def _decide(
-    policy: conflict.Conflict, contended: LockContended, request: Context, waits: Waits, task: SingletonTask
-) -> conflict.Action:
-    return policy.decide(
-        waits=waits.count,
-        waited=waits.seconds,
-        same_task=bool(request.id) and contended.task_id == str(request.id),
-        timed_out=isinstance(contended, LockTimeout),
-        ceiling=countdown_ceiling(task.app),
-        random=random.random,
-    )
-
-
-def _refused(
-    task: SingletonTask, request: Context, policy: conflict.Conflict, waits: Waits, contended: LockContended
-) -> Any:
-    """Somebody else holds the lock: what the author wants then."""
-    action = _decide(policy, contended, request, waits, task)
-    if isinstance(action, conflict.PutBack) and not request.is_eager:
-        raise put_back(task, request, waits.contended(), contended, action.countdown)
-    if isinstance(action, conflict.SkipRun):
-        if action.chain == "fail" and request.chain:
-            # What comes next in the chain was meant to work on a result that there is not.
-            raise contended
-        logger.info("etcd_lock.skipped: %s[%s] is skipped: %s", task.name, request.id, contended)
-        return action.result
-    raise contended
-
-
-def _unavailable(
-    runtime: Runtime,
-    task: SingletonTask,
-    request: Context,
-    name: str,
-    waits: Waits,
-    error: EtcdLockError,
-    body: Callable[[], Any],
-) -> Any:
-    """There is no lock to be had, because of etcd and not of another holder."""
-    consequence = task.on_unavailable or runtime.settings.on_unavailable
-    if consequence == "run" and isinstance(error, EtcdRejected):
-        # That was meant for an etcd that is away. A wrong password must not switch locking off, unnoticed.
-        consequence = "retry"
-    if consequence == "retry" and request.is_eager:
-        consequence = "fail"  # there is no queue to put it back into
-    runtime.outage.affects(task.name, error, consequence)
-    if consequence == "run":
-        logger.warning("etcd_lock.unlocked: %s[%s] runs without its lock: %s", task.name, request.id, error)
-        set_lock(request, Unheld(name, str(error)))
-        return body()
-    if consequence == "fail":
-        raise error
-    reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
-    raise put_back(task, request, waits.unavailable(), reason, _pause(task, waits))
-
-
-def _pause(task: SingletonTask, waits: Waits) -> float:
-    return _UNAVAILABLE.pause(waits.outages, 0.0, countdown_ceiling(task.app), random.random)
-
-
-def _run(task: SingletonTask, request: Context, held: HeldLock, body: Callable[[], Any]) -> Any:
-    on_lost = task.on_lost or Runtime.of(task.app).settings.on_lost
-    again = on_lost == "retry" and not request.is_eager
-    try:
+    def run(self) -> Any:
+        if self.runtime.settings.enabled == "observe":
+            return self.observe()
         try:
-            Runtime.of(task.app).outage.over()
-            set_lock(request, held)
-            forget_waits(request)
-            result = body() if on_lost == "warn" else _abortable(held, body)
+            held = self.take()
+        except LockContended as contended:
+            self.runtime.outage.over()
+            return self.refused(contended)
+        except ConfigError:
+            raise
+        except LockLost as error:
+            # Its place in the queue, not etcd: whoever else holds the lock still does.
+            if self.request.is_eager:
+                raise
+            raise put_back(self.task, self.request, self.waits.unavailable(), error, self.pause()) from None
+        except EtcdLockError as error:
+            return self.unavailable(error)
+        self.runtime.outage.over()
+        return self.hold(held)
+
+    # -- take it
+
+    def take(self) -> HeldLock:
+        try:
+            return self.acquire(blocking=False)
+        except LockContended as contended:
+            action = self.decide(contended)
+            if not isinstance(action, conflict.WaitInPlace):
+                raise
+            self.say_contended(contended, "wait", action.timeout)
+            return self.acquire(blocking=True, timeout=action.timeout)
+
+    def acquire(self, *, blocking: bool, timeout: float | None = None) -> HeldLock:
+        describe: dict[str, str | int] = {
+            "task": self.task.name,
+            "task_id": self.id,
+            "retries": self.request.retries or 0,
+        }
+        held = self.runtime.acquire(self.name, self.task._mode, blocking=blocking, timeout=timeout, describe=describe)
+        self.since = time.monotonic()
+        return held
+
+    def decide(self, contended: LockContended) -> conflict.Action:
+        return self.holds.on_conflict.decide(
+            waits=self.waits.count,
+            waited=self.waits.seconds,
+            same_task=bool(self.id) and contended.task_id == self.id,
+            timed_out=isinstance(contended, LockTimeout),
+            ceiling=countdown_ceiling(self.task.app),
+            random=random.random,
+        )
+
+    # -- have it
+
+    def hold(self, held: HeldLock) -> Any:
+        """Run the body under `held`, and give it back."""
+        on_lost = self.holds.on_lost
+        again = on_lost == "retry" and not self.request.is_eager
+        try:
+            try:
+                set_lock(self.request, held)
+                forget_waits(self.request)
+                self.say_acquired(held)
+                result = self.body() if on_lost == "warn" else _abortable(held, self.body)
+            finally:
+                # On every way out of the body, and before the result is stored and the next in the chain is sent.
+                lost = self.give_back(held)
+        except LockLost as error:
+            if again and held.release() == "lost":
+                raise put_back(self.task, self.request, Waits(), error, countdown=0.0) from error
+            raise
+        if lost and on_lost != "warn":
+            unsaid = LockLost(lost)
+            raise put_back(self.task, self.request, Waits(), unsaid, countdown=0.0) if again else unsaid
+        return result
+
+    def give_back(self, held: HeldLock) -> str:
+        """Release, and say so if there was nothing to release any more. Returns why there was not."""
+        why = "" if held.is_held() else held.why_not()
+        outcome = held.release()
+        lasted = time.monotonic() - self.since
+        if outcome != "lost":
+            answered = outcome == "released"
+            record = signals.ReleasedRecord(self.task.name, self.id, held.name, lasted, answered)
+            signals.lock_released.send(self.task, record=record)
+            return ""
+        reason = f"{held.name}: {why or 'its key was deleted'}"
+        lost = signals.LostRecord(self.task.name, self.id, held.name, reason, lasted, self.holds.on_lost)
+        signals.lock_lost.send(self.task, record=lost)
+        return reason
+
+    # -- do without it
+
+    def refused(self, contended: LockContended) -> Any:
+        """Somebody else holds the lock: what the author wants then."""
+        action = self.decide(contended)
+        outcome = self.outcome(action)
+        self.say_contended(contended, outcome, action.countdown if isinstance(action, conflict.PutBack) else 0.0)
+        if isinstance(action, conflict.PutBack) and outcome == "retry":
+            raise put_back(self.task, self.request, self.waits.contended(), contended, action.countdown)
+        if isinstance(action, conflict.SkipRun) and outcome == "skip":
+            return action.result
+        raise contended
+
+    def outcome(self, action: conflict.Action) -> signals.Outcome:
+        """What becomes of the message where that is what its policy says."""
+        if isinstance(action, conflict.PutBack) and not self.request.is_eager:
+            return "retry"
+        if isinstance(action, conflict.SkipRun) and not (action.chain == "fail" and self.request.chain):
+            return "skip"  # else what comes next in the chain was meant to work on a result that there is not
+        return "wait" if isinstance(action, conflict.WaitInPlace) else "fail"
+
+    def unavailable(self, error: EtcdLockError) -> Any:
+        """There is no lock to be had, because of etcd and not of another holder."""
+        consequence = self.holds.on_unavailable
+        if consequence == "run" and isinstance(error, EtcdRejected):
+            # That was meant for an etcd that is away. A wrong password must not switch locking off, unnoticed.
+            consequence = "retry"
+        if consequence == "retry" and self.request.is_eager:
+            consequence = "fail"  # there is no queue to put it back into
+        self.runtime.outage.affects(self.task.name, error, consequence)
+        if consequence == "run":
+            logger.warning("etcd_lock.unlocked: %s[%s] runs without its lock: %s", self.task.name, self.id, error)
+            set_lock(self.request, Unheld(self.name, str(error)))
+            return self.body()
+        if consequence == "fail":
+            raise error
+        reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
+        raise put_back(self.task, self.request, self.waits.unavailable(), reason, self.pause())
+
+    def pause(self) -> float:
+        """Seconds until it comes back to look for etcd."""
+        return _UNAVAILABLE.pause(self.waits.outages, 0.0, countdown_ceiling(self.task.app), random.random)
+
+    def observe(self) -> Any:
+        """Run the body whatever happens, under the lock if it is free; say what locking would have prevented."""
+        held: HeldLock | None = None
+        try:
+            held = self.acquire(blocking=False)
+            set_lock(self.request, held)
+        except LockContended as contended:
+            set_lock(self.request, Unlocked(self.name))
+            self.say_contended(contended, "observed", would=self.outcome(self.decide(contended)))
+        except EtcdLockError as error:
+            set_lock(self.request, Unlocked(self.name))
+            logger.warning("etcd_lock.observed: %s[%s] would not lock: %s", self.task.name, self.id, error)
+        try:
+            if held is not None:
+                self.say_acquired(held)
+            return self.body()
         finally:
-            # On every way out of the body, and before the result is stored and the next in the chain is sent.
-            lost = _give_back(task, request, held)
-    except LockLost as error:
-        if again and held.release() == "lost":
-            raise put_back(task, request, Waits(), error, countdown=0.0) from error
-        raise
-    if lost and on_lost != "warn":
-        unsaid = LockLost(lost)
-        raise put_back(task, request, Waits(), unsaid, countdown=0.0) if again else unsaid
-    return result
+            if held is not None:
+                self.give_back(held)
+
+    # -- say it
+
+    def say_acquired(self, held: HeldLock) -> None:
+        record = signals.AcquiredRecord(
+            self.task.name, self.id, held.name, mode_name(self.task._mode), held.fencing_token,
+            self.waits.count, self.waits.seconds,
+        )  # fmt: skip
+        signals.lock_acquired.send(self.task, record=record)
+
+    def say_contended(
+        self, contended: LockContended, outcome: signals.Outcome, pause: float = 0.0, would: str = ""
+    ) -> None:
+        record = signals.ContendedRecord(
+            self.task.name, self.id, contended.key, contended.holder, contended.since, outcome,
+            self.waits.count, self.waits.seconds, pause, would,
+        )  # fmt: skip
+        signals.lock_contended.send(self.task, record=record)
 
 
 def _abortable(held: HeldLock, body: Callable[[], Any]) -> Any:
     abort = Abort()
     held.on_lost(abort.fire)
     return abort.run(body)
-
-
-def _give_back(task: SingletonTask, request: Context, held: HeldLock) -> str:
-    """Release, and say so if there was nothing to release any more. Returns why there was not."""
-    why = "" if held.is_held() else held.why_not()
-    if held.release() != "lost":
-        return ""
-    reason = f"{held.name}: {why or 'its key was deleted'}"
-    logger.error("etcd_lock.lost: %s[%s] has lost its lock: %s", task.name, request.id, reason)
-    return reason

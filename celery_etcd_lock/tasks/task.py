@@ -7,16 +7,17 @@ and around autoretry. A subclass or a sibling base may have a ``__call__`` of it
 from __future__ import annotations
 
 import inspect
-import logging
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from celery import Task
+from celery.utils import uuid
 
 from celery_etcd_lock.exceptions import ConfigError, LockContended
-from celery_etcd_lock.locks.queue import EXCLUSIVE, SHARED, Mode, slot_of
-from celery_etcd_lock.settings import ON_LOST, ON_UNAVAILABLE, Settings
-from celery_etcd_lock.tasks.conflict import Coalesce, Conflict, nearest
+from celery_etcd_lock.locks.queue import EXCLUSIVE, Mode
+from celery_etcd_lock.settings import Settings
+from celery_etcd_lock.tasks import options, publish
+from celery_etcd_lock.tasks.conflict import Conflict
 from celery_etcd_lock.tasks.current import TaskLock, Unlocked, enter, lock_of, set_lock
 from celery_etcd_lock.tasks.guard import run_alone
 from celery_etcd_lock.tasks.keys import KeyRule
@@ -25,20 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from celery import Celery
+    from celery.result import AsyncResult, EagerResult
 
 __all__ = ["SingletonTask"]
 
-logger = logging.getLogger("celery_etcd_lock")
-
-OPTIONS = ("unique_on", "lock_key", "lock_mode", "lock_limit", "on_conflict", "on_lost", "on_unavailable")
 _LATER = frozenset({"unique_queued", "on_duplicate", "lock_at_least_for", "lock_at_most_for"})
-_MODES = {"exclusive": EXCLUSIVE, "shared": SHARED}
-_CELERYS = frozenset(dir(Task))
 _NOT_PLAIN = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-_INSTEAD = {
-    "lock_expiry": "etcd_lock_ttl on the app: one lease serves the whole process, and is renewed while the body runs",
-    "lock_ttl": "etcd_lock_ttl on the app: one lease serves the whole process, and is renewed while the body runs",
-}
 
 
 class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
@@ -54,8 +47,14 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
     ``on_lost``         when it is lost while the body runs: ``"abort"``, ``"retry"``, ``"warn"``.
     ``on_unavailable``  when etcd does not answer: ``"retry"``, ``"fail"``, ``"run"``.
 
+    ``unique_queued``   also one in the queue: ``"until_start"`` of the run, or ``"until_end"``.
+    ``on_duplicate``    what `delay` does then: ``"return"`` the existing result (default), or ``"raise"``.
+    ``lock_at_least_for``  seconds for which the lock stays taken after the start, though the body has ended.
+    ``lock_at_most_for``   seconds after which a holder that hangs loses the lock.
+
     What is not set comes from ``etcd_lock_on_…`` on the app's configuration. `ConfigError` for anything that
-    cannot be meant, when the task is made.
+    cannot be meant, when the task is made. The ``on_…`` and ``lock_at_…`` options can be given for one call, too:
+    ``apply_async(…, on_conflict="skip")``, ``.set(on_conflict="skip")``.
     """
 
     abstract = True
@@ -67,6 +66,10 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
     on_conflict: Conflict | str | None = None
     on_lost: str | None = None
     on_unavailable: str | None = None
+    unique_queued: str | None = None
+    on_duplicate: str | None = None
+    lock_at_least_for: float | None = None
+    lock_at_most_for: float | None = None
 
     _key_rule: ClassVar[KeyRule | None] = None
     _mode: ClassVar[Mode] = EXCLUSIVE
@@ -86,10 +89,6 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         return self._key_rule.lock_name(
             settings.namespace, tuple(args), kwargs or {}, hide_arguments=settings.hide_arguments
         )
-
-    def conflict_policy(self) -> Conflict:
-        """What this task does when its lock is held."""
-        return Conflict.parse(self.on_conflict or Settings.from_app(self.app).on_conflict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request = self.request
@@ -111,6 +110,41 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         request._protected = 1
         return self.run(*args, **kwargs)
 
+    # -- published
+
+    def apply_async(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        producer: Any = None,
+        link: Any = None,
+        link_error: Any = None,
+        shadow: str | None = None,
+        **options: Any,
+    ) -> AsyncResult[Any]:
+        """Send the task, as Celery does; it takes options for this call, see the class.
+
+        `ConfigError` if they cannot be meant.
+        """
+        given = {"producer": producer, "link": link, "link_error": link_error, "shadow": shadow}
+        options |= {name: value for name, value in given.items() if value is not None}
+        return publish.send(self, super().apply_async, args, kwargs, task_id or uuid(), options)
+
+    def apply(  # type: ignore[override]
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        link: Any = None,
+        link_error: Any = None,
+        task_id: str | None = None,
+        **options: Any,
+    ) -> EagerResult[Any]:
+        """Run the task here and now, as Celery does; it takes options for this call, see the class."""
+        task_id = task_id or uuid()
+        options = publish.for_this_call(self, task_id, options)
+        return super().apply(args, kwargs, link=link, link_error=link_error, task_id=task_id, **options)
+
     # -- made
 
     @classmethod
@@ -127,21 +161,20 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
     @classmethod
     def _check(cls, name: str) -> None:
         """Make the rule for the keys and the mode, or say what is wrong."""
-        for option in _LATER & set(_options_set(cls)):
+        for option in sorted(_LATER & set(_options_set(cls))):
             raise ConfigError(f"task {name}: {option} is not in this version of celery-etcd-lock")
-        _warn_of_near_misses(cls, name)
+        for wrong, instead in options.near_misses(_options_set(cls)):
+            warnings.warn(
+                f"task {name}: {wrong} is no option of a singleton task and does nothing: write {instead}",
+                stacklevel=2,
+            )
         if any(kind(cls.run) for kind in _NOT_PLAIN):
             raise ConfigError(
                 f"task {name}: its function is a coroutine or a generator, whose body Celery does not run: "
                 "write a plain function"
             )
         try:
-            _check_choices(cls)
-            cls._mode = _mode_of(cls)
-            if cls.on_conflict is not None:
-                cls.on_conflict = Conflict.parse(cls.on_conflict)
-                if isinstance(cls.on_conflict, Coalesce):
-                    raise ConfigError("on_conflict='coalesce' is not in this version of celery-etcd-lock")  # noqa: TRY301
+            cls._mode = options.check(cls)
         except ConfigError as error:
             raise ConfigError(f"task {name}: {error}") from None
         bound = not isinstance(inspect.getattr_static(cls, "run"), staticmethod)
@@ -171,27 +204,6 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         )
 
 
-def _check_choices(cls: type[SingletonTask]) -> None:
-    choices = {"on_lost": ON_LOST, "on_unavailable": ON_UNAVAILABLE, "lock_mode": tuple(_MODES)}
-    for option, allowed in choices.items():
-        value = getattr(cls, option)
-        if value is not None and value not in allowed:
-            near = nearest(str(value), allowed)
-            hint = f" (perhaps {near!r}?)" if near else ""
-            raise ConfigError(f"{option}={value!r}: write one of {', '.join(map(repr, allowed))}{hint}")
-
-
-def _mode_of(cls: type[SingletonTask]) -> Mode:
-    if cls.lock_limit is None:
-        return _MODES[cls.lock_mode or "exclusive"]
-    if cls.lock_mode is not None:
-        raise ConfigError("lock_mode and lock_limit exclude each other: a limit is a mode of its own, write only one")
-    try:
-        return slot_of(cls.lock_limit)
-    except ConfigError as error:
-        raise ConfigError(f"lock_limit: {error}") from None
-
-
 def _adopt_task_class(cls: type[SingletonTask], app: Celery) -> None:
     """Let ``@app.task(base=SingletonTask)`` keep what the app's own task class gives, Django's for one.
 
@@ -214,15 +226,3 @@ def _options_set(cls: type[SingletonTask]) -> list[str]:
             break
         names += [name for name in vars(base) if not name.startswith("_")]
     return names
-
-
-def _warn_of_near_misses(cls: type[SingletonTask], task: str) -> None:
-    for name in _options_set(cls):
-        if name in OPTIONS or name in _CELERYS:
-            continue
-        instead = _INSTEAD.get(name) or nearest(name, OPTIONS, cutoff=0.8)
-        if instead:
-            warnings.warn(
-                f"task {task}: {name} is no option of a singleton task and does nothing: write {instead}",
-                stacklevel=2,
-            )

@@ -251,7 +251,7 @@ class TestOptions:
         @app.task(base=SingletonTask, name="annotated")
         def annotated() -> None: ...
 
-        assert app.tasks["annotated"].conflict_policy() == Conflict.skip()
+        assert app.tasks["annotated"].on_conflict == Conflict.skip()
         assert app.tasks["annotated"]._mode.limit == 3
 
     def test_map_starmap_and_chunks_point_to_group(self, app: Any) -> None:

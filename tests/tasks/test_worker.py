@@ -62,7 +62,7 @@ def test_observing_prevents_nothing_and_says_what_it_would_have(new_project: New
     assert [second.get(timeout=60), first.get(timeout=60)] == [1, 0]
     assert len(overlaps(project.runs("failing"))) == 1
     assert worker.output.count("etcd_lock.observed") == 1
-    assert f"failing[{second.id}] would meet its on_conflict, Conflict.fail()" in worker.output
+    assert f"failing[{second.id}] runs; with etcd_lock_enabled=True it would fail" in worker.output
     assert first.id in worker.output.split("etcd_lock.observed")[1].splitlines()[0], "the holder"
 
 

@@ -1,0 +1,134 @@
+"""Celery signals that say what became of locks, each with a frozen record of what is known.
+
+Connected as Celery's own are; the sender is the task, or of a session the app::
+
+    from celery_etcd_lock.signals import lock_contended
+
+    @lock_contended.connect
+    def count(sender, record, **kwargs):
+        statsd.incr(f"lock.{record.outcome}", tags=[record.task])
+
+They are sent where the task runs: under prefork in the child. A receiver that raises is logged by Celery and harms
+nothing; one that blocks keeps its task waiting. The log (`logs`) and the worker's events (`events`) are receivers too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from celery.utils.dispatch import Signal
+
+__all__ = [
+    "AcquiredRecord",
+    "ContendedRecord",
+    "LostRecord",
+    "Outcome",
+    "ReleasedRecord",
+    "SessionLostRecord",
+    "SessionOpenedRecord",
+    "lock_acquired",
+    "lock_contended",
+    "lock_lost",
+    "lock_released",
+    "session_lost",
+    "session_opened",
+]
+
+Outcome: TypeAlias = Literal["retry", "skip", "wait", "fail", "observed"]
+"""What became of a task whose lock was taken: put back, skipped, waits in its slot, failed; or it runs all the same,
+because locking only observes."""
+
+
+@dataclass(frozen=True, slots=True)
+class AcquiredRecord:
+    """The lock is held, and the body is about to begin."""
+
+    task: str
+    """The task's name."""
+    task_id: str
+    lock: str
+    """The lock's name in etcd."""
+    mode: str
+    """``"exclusive"``, ``"shared"``, or ``"limit=4"``."""
+    fencing_token: int
+    waits: int
+    """How often the message was put back because of a holder."""
+    waited: float
+    """Seconds since its first contention; 0 if there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContendedRecord:
+    """Somebody else holds the lock."""
+
+    task: str
+    task_id: str
+    lock: str
+    holder: str
+    """Who, as far as they say."""
+    since: str
+    """Since when they are in line: ISO 8601, UTC; ``""`` if they do not say."""
+    outcome: Outcome
+    waits: int
+    waited: float
+    """Seconds since the first contention of this message."""
+    pause: float
+    """Seconds until it tries again (``"retry"``), or for which it waits at most (``"wait"``); else 0."""
+    would: str = ""
+    """``"observed"``: the outcome if locks were on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasedRecord:
+    """The lock was given back."""
+
+    task: str
+    task_id: str
+    lock: str
+    seconds: float
+    """For which it was held."""
+    answered: bool
+    """False: etcd did not answer, and the session goes on until it is certain."""
+
+
+@dataclass(frozen=True, slots=True)
+class LostRecord:
+    """The lock could no longer be trusted while it was held."""
+
+    task: str
+    task_id: str
+    lock: str
+    reason: str
+    seconds: float
+    """Since it was taken."""
+    on_lost: str
+    """What the task does then: ``"abort"``, ``"retry"``, ``"warn"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpenedRecord:
+    """This process has a lease in etcd."""
+
+    key: str
+    lease: int
+    ttl: int
+    """Seconds, as etcd granted them."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLostRecord:
+    """The lease of this process can no longer be trusted, and no lock that hangs on it."""
+
+    key: str
+    lease: int
+    reason: str
+
+
+# Any: a receiver may take what it likes, and Celery's own stubs know these only in part.
+lock_acquired: Any = Signal(name="lock_acquired")
+lock_contended: Any = Signal(name="lock_contended")
+lock_released: Any = Signal(name="lock_released")
+lock_lost: Any = Signal(name="lock_lost")
+session_opened: Any = Signal(name="session_opened")
+session_lost: Any = Signal(name="session_lost")

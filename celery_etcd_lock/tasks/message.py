@@ -1,0 +1,107 @@
+"""What travels in a message's header ``etcd_lock``: plain JSON, which any publisher may write.
+
+* ``of`` and ``nonce``: the task id, and which publication of it this is. All copies of one message say the same:
+  the ones that a broker delivers again, the ones that were put back, the attempts of one task that retries itself. A
+  header that speaks of another task's id (somebody handed their own headers on) is none.
+* ``count``, ``seconds``, ``at``, ``outages``: what the message has waited so far, see `Waits`; ``again``: it is, or was
+  put back by, a message that the broker delivered more than once.
+* options for this call, by their names: ``{"on_conflict": "skip"}``.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from celery.app.task import Context
+
+__all__ = ["HEADER", "Waits", "addressed", "forget_waits", "is_copy", "nonce_of", "options_in", "with_waits"]
+
+HEADER = "etcd_lock"
+_NOT_OPTIONS = frozenset({"of", "nonce", "count", "seconds", "at", "outages", "again"})
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """What a message has waited so far."""
+
+    count: int = 0
+    """How often it was put back because somebody else held the lock."""
+    seconds: float = 0.0
+    """How long it has waited for the lock since then; waiting for etcd itself is not counted."""
+    at: float = 0.0
+    """When it was last put back because of a holder (Unix time), 0 if it last was because of etcd."""
+    outages: int = 0
+    """How often in a row it was put back because etcd did not answer."""
+
+    @classmethod
+    def of(cls, request: Context) -> Waits:
+        """As the message says; nothing, if it says nothing or nonsense."""
+        header = _header(request.headers)
+        try:
+            at = float(header.get("at", 0))
+            seconds = float(header.get("seconds", 0)) + (max(0.0, time.time() - at) if at else 0.0)
+            return cls(int(header.get("count", 0)), seconds, at, int(header.get("outages", 0)))
+        except (TypeError, ValueError):
+            return cls()
+
+    def contended(self) -> Waits:
+        return replace(self, count=self.count + 1, at=time.time(), outages=0)
+
+    def unavailable(self) -> Waits:
+        return replace(self, at=0.0, outages=self.outages + 1)
+
+    def __bool__(self) -> bool:
+        return bool(self.count or self.outages)
+
+
+def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`headers` for publishing `task_id` with these options for the call, over those that are in there already."""
+    header = _header(headers)
+    if header.get("of") != task_id:
+        header = {key: value for key, value in header.items() if key not in _NOT_OPTIONS}
+        header |= {"of": task_id, "nonce": secrets.token_hex(6)}
+    return {**(headers or {}), HEADER: {**header, **options}}
+
+
+def options_in(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options for this call, as they were written."""
+    return {key: value for key, value in _header(headers).items() if key not in _NOT_OPTIONS}
+
+
+def nonce_of(request: Context) -> str:
+    """Which publication of its id the message is a copy of; ``""`` if its publisher did not say."""
+    header = _header(request.headers)
+    return str(header.get("nonce", "")) if header.get("of") == str(request.id) else ""
+
+
+def is_copy(request: Context) -> bool:
+    """Whether another copy of this message may have run: it was delivered again, or comes from one that was."""
+    redelivered = bool((request.delivery_info or {}).get("redelivered"))
+    return redelivered or bool(_header(request.headers).get("again")) or bool(Waits.of(request))
+
+
+def with_waits(request: Context, waits: Waits) -> dict[str, Any]:
+    """The headers with which the message of `request` is put back."""
+    header = {**_header(request.headers), **asdict(waits)}
+    if (request.delivery_info or {}).get("redelivered"):
+        header["again"] = True
+    return {**(request.headers or {}), HEADER: header}
+
+
+def forget_waits(request: Context) -> None:
+    """It has the lock: what it waited for that is not to count when the body sends its task again."""
+    headers = request.headers or {}
+    if HEADER in headers:
+        forgotten = {each.name for each in fields(Waits)} | {"again"}
+        mine = {key: value for key, value in _header(headers).items() if key not in forgotten}
+        request.headers = {**headers, HEADER: mine}
+
+
+def _header(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+    header = (headers or {}).get(HEADER)
+    return dict(header) if isinstance(header, Mapping) else {}
