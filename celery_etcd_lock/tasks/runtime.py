@@ -23,6 +23,7 @@ from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import Mode
 from celery_etcd_lock.locks.session import Session
 from celery_etcd_lock.settings import Settings
+from celery_etcd_lock.tasks.leases import Leases
 from celery_etcd_lock.tasks.outage import Outage
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Runtime:
     def __init__(self, app: Celery) -> None:
         self.settings = Settings.from_app(app)
         self.outage = Outage(self.settings)
+        self.leases = Leases()
         self._session: Session | None = None
         self._transport: Transport | None = None
         self._opening = threading.Lock()
@@ -67,13 +69,23 @@ class Runtime:
                 if self._session is not None:
                     self.close()
                 settings = self.settings
-                if self._transport is None:
-                    self._transport = settings.connect()
                 # Where no session comes of it the transport stays for the next task: it knows of a log-in refused.
-                self._session = Session(
-                    self._transport, ttl=settings.ttl, namespace=settings.namespace, instance=INSTANCE
-                )
+                transport = self._connected()
+                self._session = Session(transport, ttl=settings.ttl, namespace=settings.namespace, instance=INSTANCE)
             return self._session
+
+    def transport(self) -> Transport:
+        """A transport of this process to the app's etcd, without a session: for those who only publish."""
+        transport = self._transport
+        if transport is not None:
+            return transport
+        with self._opening:
+            return self._connected()
+
+    def _connected(self) -> Transport:
+        if self._transport is None:
+            self._transport = self.settings.connect()
+        return self._transport
 
     def acquire(
         self, name: str, mode: Mode, *, blocking: bool, timeout: float | None, describe: Mapping[str, str | int]
