@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from itertools import chain
 from typing import TypeAlias
@@ -26,12 +26,14 @@ from celery_etcd_lock.exceptions import (
     LockTimeout,
     NoSpace,
 )
-from celery_etcd_lock.locks import queue
+from celery_etcd_lock.locks import queue, sibling
 from celery_etcd_lock.locks.contender import Contender
 from celery_etcd_lock.locks.held import HeldLock
+from celery_etcd_lock.locks.rider import Rider, ride
 from celery_etcd_lock.locks.session import Session
+from celery_etcd_lock.locks.waiting import Bell
 
-__all__ = ["acquire"]
+__all__ = ["acquire", "anybody_waits"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ def acquire(
     timeout: float | None = None,
     describe: Mapping[str, str | int] | None = None,
     value: bytes | None = None,
+    rider: Rider | None = None,
+    at_least_for: float = 0.0,
+    waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> HeldLock:
     """Take the lock `name` in `mode`. `describe` is added to what the contender says of itself in etcd.
 
@@ -64,9 +69,20 @@ def acquire(
 
     With a ``task_id`` in `describe` it also excludes every other contender that says the same. `value` is put as it
     is, instead of a description (an election's).
+
+    `rider` rides along if its own condition holds, else it is dropped (`HeldLock.rode`): for a try in the transaction
+    that takes the lock, for a wait in one right after. It may have ridden though the acquire fails.
+
+    `at_least_for` seconds the lock stays taken once it is held, though it is released before or this process dies.
+    (etcd may make more of it: its shortest lease is 2 s by default.) That takes two more requests.
+
+    `waiting` is entered around each blocking wait to be woken, never around a request: an exception that a signal's
+    handler raises there ends the acquire as any does.
     """
     session.assert_trusted()
-    attempt = _Attempt(session, session.contenders.take(name, mode.kind, secrets.token_hex(6)), mode, describe, value)
+    contender = session.contenders.take(name, mode.kind, secrets.token_hex(6), sibling=at_least_for > 0)
+    attempt = _Attempt(session, contender, mode, describe, value)
+    attempt.rider, attempt.at_least_for, attempt.waiting = rider, at_least_for, waiting
     try:
         held = attempt.run(blocking, timeout)
         # The reply may have been long under way: what counts is that the lease is trusted now.
@@ -78,7 +94,16 @@ def acquire(
     except BaseException:
         session.contenders.remove(attempt.contender)
         raise
+    attempt.leave_sibling()
     return held
+
+
+def anybody_waits(session: Session, name: str, mode: queue.Mode = queue.EXCLUSIVE) -> bool:
+    """Whether anybody stands in the queue of `name` and is not in, all being of `mode` or exclusive. One request.
+
+    `EtcdUnavailable` if etcd does not answer.
+    """
+    return queue.anybody_waits(mode, name, _contenders(session.txn(Txn([], mode.line(name))), 0))
 
 
 class _Attempt:
@@ -103,24 +128,67 @@ class _Attempt:
                 nonce=contender.nonce,
                 extra=describe,
             )
-        self.put = Put(contender.key, value, session.lease)
+        self.value = value
+        self.rider: Rider | None = None
+        """What has still to ride."""
+        self.rode = False
+        self.at_least_for = 0.0
+        self.stays_until = 0.0
+        self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def run(self, blocking: bool, timeout: float | None) -> HeldLock:
         until = None if timeout is None else time.monotonic() + timeout
-        if not blocking:
-            return self.take()
-        joined = self.join()
-        return joined if isinstance(joined, HeldLock) else self.wait(until, joined)
+        if blocking:
+            joined = self.join()
+            token = joined if isinstance(joined, int) else self.wait(until, joined)
+        else:
+            token = self.take()
+        if self.at_least_for > 0:
+            self.stays_until = sibling.move(self.session, self.contender, self.value, self.at_least_for)
+        if self.rider is not None:
+            self.rode = ride(self.session, self.contender, self.rider)
+        return self.held(token)
 
-    def send(self, compare: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation]) -> TxnReply:
-        """Send what may create our key, in the session's epoch; keep account of what is not answered."""
+    def held(self, fencing_token: int) -> HeldLock:
+        return HeldLock(self.session, self.contender, fencing_token, rode=self.rode)
+
+    def leave_sibling(self) -> None:
+        """From here on the sibling, if there is one, stays though its contender goes."""
+        if self.contender.sibling is not None:
+            self.contender.sibling.stays_until = self.stays_until
+
+    def absent(self) -> list[Compare]:
+        return [created_at(each.key, 0) for each in self.contender.leaving]
+
+    def puts(self) -> list[Operation]:
+        return [Put(each.key, self.value, self.session.lease) for each in self.contender.leaving]
+
+    def own(self) -> list[Operation]:
+        return [Range(each.key) for each in self.contender.leaving]
+
+    def send(
+        self,
+        compare: Sequence[Compare],
+        success: Sequence[Operation],
+        failure: Sequence[Operation],
+        rider: Rider | None = None,
+    ) -> TxnReply | None:
+        """Send what may create our key, in the session's epoch; keep account of what is not answered.
+
+        None: it was refused because of a lease, and that may be one of the rider's.
+        """
         doubt, epoch = self.contender.unanswered, self.session.epoch
         self.contender.unanswered = True  # until the answer is here, whatever interrupts us
         own_key = self.session.key
-        request = Txn([*compare, Compare(own_key, "mod", "==", epoch)], success, [Range(own_key), *failure])
+        compare = [*compare, Compare(own_key, "mod", "==", epoch)]
+        if rider is not None:
+            compare, success = [*compare, *rider.compare], [*success, *rider.operations]
         try:
-            reply = self.session.txn(request)
+            reply = self.session.txn(Txn(compare, success, [Range(own_key), *failure]))
         except LeaseNotFound:
+            if rider is not None and rider.leases - {self.session.lease}:
+                self.contender.unanswered = doubt
+                return None
             self.session.lease_gone()
             raise LockLost(self.session.reason) from None
         except EtcdUnavailable as error:
@@ -136,47 +204,65 @@ class _Attempt:
             self.session.saw_own_key(reply.range(0).kvs, sent_in=epoch)
         return reply
 
-    def take(self) -> HeldLock:
-        """One request: the lock if nobody keeps us out, and no trace otherwise. (For a slot two, if others are in.)"""
-        seen = 0
+    def take(self) -> int:
+        """One request: the lock if nobody keeps us out, and no trace otherwise. (For a slot two, if others are in.)
+
+        One more where the rider is dropped. Returns the fencing token.
+        """
+        seen, rider = 0, self.rider
         while True:
-            free = [created_at(self.contender.key, 0), *self.mode.free(self.name, seen)]
-            found = [Range(self.contender.key), *self.mode.first(self.name, self.task_id)]
-            reply = self.send(free, [self.put, *self.mode.twins(self.name, self.task_id)], found)
+            epoch, mine, twins = self.session.epoch, self.puts(), self.mode.twins(self.name, self.task_id)
+            found = [*self.own(), *self.mode.first(self.name, self.task_id)]
+            reply = self.send([*self.absent(), *self.mode.free(self.name, seen)], [*mine, *twins], found, rider)
+            if reply is None:
+                rider = None
+                continue
             if reply.succeeded:
-                created, queued = reply.header.revision, _contenders(reply, 1)
+                created, queued = reply.header.revision, _contenders(reply, len(mine), len(twins))
             else:
-                mine, queued = reply.range(1).kvs, _contenders(reply, 2)
-                created = self.adopt(mine)
+                created, queued = self.adopt(reply), _contenders(reply, 1 + len(mine))
             if self.keeping_out(queued):
                 raise self.contended(LockContended, queued)
             if created:
-                return self.held(reply.header.revision)
-            # Only the epoch was another, or a slot is free as of this revision: once more.
+                if rider is not None:  # whichever try it was that made our key
+                    self.rider, self.rode = None, True
+                elif reply.succeeded:
+                    self.rider = None
+                return reply.header.revision
+            # Only the epoch was another, or a slot is free as of this revision, or our name was not: once more.
+            newest = max((kv.create_revision for kv in queued), default=0)
+            named = any(reply.range(number).kvs for number in range(1, 1 + len(mine)))
+            if newest <= seen and not named and reply.range(0).kvs[0].mod_revision == epoch:
+                rider = None  # it was none of that
             seen = reply.header.revision
 
-    def join(self) -> HeldLock | _Found | None:
+    def join(self) -> int | _Found | None:
         """One request: stand in the queue, and hold the lock if nobody ahead keeps us out. None: look who does."""
         while True:
-            join: list[Operation] = [self.put, *self.mode.ahead(self.name, 0, self.task_id)]
-            reply = self.send([created_at(self.contender.key, 0)], join, [Range(self.contender.key)])
+            mine = self.puts()
+            join: list[Operation] = [*mine, *self.mode.ahead(self.name, 0, self.task_id, len(mine))]
+            reply = self.send(self.absent(), join, self.own())
+            assert reply is not None
             if reply.succeeded:
-                ahead, created = self.keeping_out(_contenders(reply, 1)), reply.header.revision
-                return (ahead, created) if ahead else self.held(created)
-            if self.adopt(reply.range(1).kvs):
+                ahead, created = self.keeping_out(_contenders(reply, len(mine))), reply.header.revision
+                return (ahead, created) if ahead else created
+            if self.adopt(reply):
                 return None
 
-    def adopt(self, mine: Sequence[KeyValue]) -> int:
-        """The create revision of our key, if it was made by an earlier try of this very acquire; else 0."""
-        if not mine:
-            return 0
-        (kv,) = mine
-        if (kv.value, kv.lease) == (self.put.value, self.put.lease):
-            self.session.contenders.created(self.contender, kv.create_revision)
-            return kv.create_revision
-        # Somebody put a key under a name of ours: queue behind it, under another.
-        self.contender = self.session.contenders.take_another(self.contender)
-        self.put = Put(self.contender.key, self.put.value, self.put.lease)
+    def adopt(self, reply: TxnReply) -> int:
+        """The create revision of our key, if it was made by an earlier try of this very acquire; else 0.
+
+        `reply` is what `send` got, with `own` first among what was asked for.
+        """
+        mine = reply.range(1).kvs
+        if mine and (mine[0].value, mine[0].lease) == (self.value, self.session.lease):
+            self.session.contenders.created(self.contender, mine[0].create_revision)
+            return mine[0].create_revision
+        # Where somebody put a key under a name of ours, queue behind it, under another.
+        for number, each in enumerate(self.contender.leaving, 1):
+            if reply.range(number).kvs:
+                another = self.session.contenders.take_another(each)
+                self.contender = another if another.of is None else another.of
         return 0
 
     def keeping_out(self, queued: Iterable[KeyValue]) -> tuple[KeyValue, ...]:
@@ -187,9 +273,9 @@ class _Attempt:
         created = self.contender.create_revision
         return [kv for kv in queued if not created or kv.create_revision < created]
 
-    def wait(self, until: float | None, found: _Found | None) -> HeldLock:
+    def wait(self, until: float | None, found: _Found | None) -> int:
         """Until nobody keeps us out. `found`: what a look would find now. Each asks for our own key: it may be gone."""
-        woken = threading.Event()
+        woken = Bell()
         self.session.contenders.on_lost(self.contender, lambda _reason: woken.set())
         if until is None and self.session.contenders.waits_for_own_thread(self.contender):
             logger.warning("etcd_lock.waits_for_itself: %s is wanted by a thread that is in it already", self.name)
@@ -202,7 +288,7 @@ class _Attempt:
                 self.pause(woken, until, _PAUSE_WHEN_FULL if isinstance(error, NoSpace) else _PAUSE)
                 continue
             if not ahead:
-                return self.held(revision)
+                return revision
             # As a watch may sit on a member that is cut off, look again once per TTL all the same.
             with (
                 self.session.contenders.listening(ahead, woken) as others,
@@ -222,15 +308,17 @@ class _Attempt:
             raise LockLost(f"{self.name}: our key {self.contender.key} was deleted while we waited")
         return self.keeping_out(_contenders(reply, 1)), revision
 
-    def pause(self, woken: threading.Event, until: float | None, longest: float) -> None:
+    def pause(self, woken: Bell, until: float | None, longest: float) -> None:
         """Wait to be woken. `LockTimeout` once the time is over."""
         if until is None:
-            woken.wait(longest)
+            with self.waiting():
+                woken.wait(longest)
             return
         left = until - time.monotonic()
         if left <= 0:
             raise self.contended(LockTimeout, self.first())
-        woken.wait(min(left, longest))
+        with self.waiting():
+            woken.wait(min(left, longest))
 
     def first(self) -> list[KeyValue]:
         try:
@@ -244,11 +332,9 @@ class _Attempt:
         contended.task_id = who.task_id
         return contended
 
-    def held(self, fencing_token: int) -> HeldLock:
-        return HeldLock(self.session, self.contender, fencing_token)
 
-
-def _contenders(reply: TxnReply, since: int) -> list[KeyValue]:
-    """What the ranges from number `since` on found."""
-    ranges = (response for response in reply.responses[since:] if isinstance(response, RangeReply))
+def _contenders(reply: TxnReply, since: int, count: int | None = None) -> list[KeyValue]:
+    """What the ranges from number `since` on found, all or `count` of them."""
+    asked = reply.responses[since : None if count is None else since + count]
+    ranges = (response for response in asked if isinstance(response, RangeReply))
     return list(chain.from_iterable(found.kvs for found in ranges))

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from celery_etcd_lock.etcd.api import Delete, Header, KeyValue, Range, Txn, created_at
+from celery_etcd_lock.etcd.api import Delete, Header, KeyValue, Operation, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LeaseNotFound, NoSpace
 from celery_etcd_lock.locks.queue import Kind, contender_key, is_contender
+from celery_etcd_lock.locks.rider import leases_of
+from celery_etcd_lock.locks.waiting import Wakeable
 
 if TYPE_CHECKING:
     from celery_etcd_lock.locks.session import Session
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["Contender", "Contenders", "Removal"]
 
 logger = logging.getLogger(__name__)
+
+_RANGES_A_LOOK = 100
+"""Fewer than the operations that etcd takes in one transaction by default, 128."""
 
 Removal: TypeAlias = Literal["released", "lost", "unanswered"]
 
@@ -42,8 +47,11 @@ class Contender:
         "lost",
         "name",
         "nonce",
+        "of",
         "on_lost",
         "refused",
+        "sibling",
+        "stays_until",
         "thread",
         "unanswered",
     )
@@ -66,9 +74,21 @@ class Contender:
         self.gone = False
         """Surely not in etcd any more."""
         self.on_lost: list[Callable[[str], None]] = []
-        self.listeners: dict[threading.Event, int] = {}
+        self.listeners: dict[Wakeable, int] = {}
         """Set when it goes away, for local contenders that wait behind it: they need no watch. With each the create
         revision of the key that it waits for."""
+        self.sibling: Contender | None = None
+        """The one that is made with it, and may outlive it: see `sibling`."""
+        self.of: Contender | None = None
+        """Of a sibling: whose."""
+        self.stays_until: float | None = None
+        """Of a sibling: when it goes by itself, at the earliest, by the session's clock. None: with its contender."""
+
+    @property
+    def leaving(self) -> list[Contender]:
+        """Who goes when it is removed: itself, and its sibling unless that stays."""
+        sibling = self.sibling
+        return [self] if sibling is None or sibling.stays_until is not None else [self, sibling]
 
 
 class Contenders:
@@ -87,13 +107,19 @@ class Contenders:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def take(self, name: str, kind: Kind, nonce: str) -> Contender:
-        """A contender for the lock `name`, under a key that no other of ours has or may still get."""
+    def take(self, name: str, kind: Kind, nonce: str, *, sibling: bool = False) -> Contender:
+        """A contender for the lock `name`, under a key that no other of ours has or may still get.
+
+        With `sibling`, with one.
+        """
         with self._lock:
             number = 0
             while (key := contender_key(name, kind, self._session.lease, number)) in self._by_key or key in self._burnt:
                 number += 1
             contender = self._by_key[key] = Contender(name, kind, key, nonce)
+            if sibling:
+                contender.sibling = self.take(name, kind, nonce)
+                contender.sibling.of = contender
             return contender
 
     def take_another(self, contender: Contender) -> Contender:
@@ -103,22 +129,34 @@ class Contenders:
             self._by_key.pop(contender.key, None)
             for event in contender.listeners:
                 event.set()  # it is not ours that they wait for
-            return self.take(contender.name, contender.kind, contender.nonce)
+            another = self.take(contender.name, contender.kind, contender.nonce)
+            another.sibling, another.of = contender.sibling, contender.of
+            if another.sibling is not None:
+                another.sibling.of = another
+            if another.of is not None:
+                another.of.sibling = another
+            return another
 
     def created(self, contender: Contender, revision: int) -> None:
         """Take note that the key of `contender` was created at `revision`."""
         with self._lock:
             contender.create_revision = revision
+            if contender.sibling is not None:
+                contender.sibling.create_revision = revision  # of the same transaction
             # Who has seen another key of that name has seen one that is gone.
             deceived = [event for event, seen in contender.listeners.items() if seen != revision]
         for event in deceived:
             event.set()
 
     @contextmanager
-    def listening(self, ahead: Collection[KeyValue], event: threading.Event) -> Iterator[list[str]]:
-        """Set `event` when one of `ahead` that is ours goes away. Gives the others' keys: somebody must watch those."""
+    def listening(self, ahead: Collection[KeyValue], event: Wakeable) -> Iterator[list[str]]:
+        """Set `event` when one of `ahead` that is ours goes away. Gives the others' keys: somebody must watch those.
+
+        A sibling is like another's: its lease may end it.
+        """
         with self._lock:
-            found = [(kv, each) for kv in ahead if (each := self._by_key.get(kv.key)) is not None and not each.lost]
+            known = [(kv, self._by_key.get(kv.key)) for kv in ahead]
+            found = [(kv, each) for kv, each in known if each is not None and not (each.lost or each.of)]
             if any(each.create_revision not in {0, kv.create_revision} for kv, each in found):
                 event.set()  # its name is in use again: the one that was seen is gone
             ours = [each for _, each in found]
@@ -136,7 +174,7 @@ class Contenders:
         """Whether the very thread that took `contender` has another in the same queue: it holds that."""
         with self._lock:
             others = [each for each in self._by_key.values() if each.name == contender.name and each is not contender]
-            held = [each for each in others if not each.lost and each not in self._unfinished]
+            held = [each for each in others if not (each.lost or each.of) and each not in self._unfinished]
             return any(each.thread is contender.thread for each in held)
 
     def on_lost(self, contender: Contender, callback: Callable[[str], None]) -> None:
@@ -164,18 +202,19 @@ class Contenders:
 
     def lose_all(self, reason: str) -> None:
         with self._lock:
-            contenders = list(self._by_key.values())
+            contenders = [each for each in self._by_key.values() if each.of is None]
         for contender in contenders:
             self.lose(contender, reason)
 
     # -- removal
 
-    def remove(self, contender: Contender, *, timeout: float | None = None) -> Removal:
-        """Take `contender` out of its queue. ``"lost"``: etcd says that it was not there any more.
+    def remove(self, contender: Contender, *, timeout: float | None = None, also: Sequence[Operation] = ()) -> Removal:
+        """Take `contender` out of its queue, and do `also` if it was there. ``"lost"``: it was not, says etcd.
 
-        ``"unanswered"``: no etcd answered in time, or it refused; the session goes on until it is certain.
+        ``"unanswered"``: no etcd answered in time, or it refused; the session goes on until it is certain, without
+        `also`. So it is dropped where etcd takes no put, being full, or where it names a lease that is gone.
         """
-        removal = self._removal(contender)
+        removal = self._removal(contender, also)
         if removal is None:
             self._forget(contender)
             return "released"
@@ -185,11 +224,17 @@ class Contenders:
                 header, was_there = reply.header, reply.succeeded
                 if contender.unanswered:
                     self._session.epoch_is(header.revision)
+                if not was_there:
+                    for sibling in contender.leaving[1:]:
+                        self._session.txn(_deletion(sibling.key, sibling.create_revision), timeout=timeout)
             except NoSpace:
                 # A put is refused, a delete is not. The epoch follows when there is room again.
-                header, was_there = self._delete(contender.key, contender.create_revision, timeout)
+                deleted = [self._delete(each.key, each.create_revision, timeout) for each in contender.leaving]
+                header, was_there = deleted[0]
                 self._epoch_due = self._epoch_due or contender.unanswered
         except LeaseNotFound:
+            if leases_of(also) - {self._session.lease}:  # it may be one of those
+                return self.remove(contender, timeout=timeout)
             self._session.lease_gone()
             self._forget(contender)
             return "lost"
@@ -232,26 +277,39 @@ class Contenders:
         else:
             self._later(contender)
 
-    def _removal(self, contender: Contender) -> Txn | None:
+    def expel(self, contender: Contender) -> None:
+        """Take `contender` out of its queue under its holder, in the background, and its sibling with it."""
+        with self._lock:
+            if contender.gone:
+                return
+            if contender.sibling is not None:
+                contender.sibling.stays_until = None
+        self.remove_later(contender)
+
+    def _removal(self, contender: Contender, also: Sequence[Operation] = ()) -> Txn | None:
         """What to send so that the key is gone and stays gone; None if no request ever named it."""
-        bare = _deletion(contender.key, contender.create_revision)
+        compare = _deletion(contender.key, contender.create_revision).compare
+        deletions = [Delete(each.key) for each in contender.leaving]
         if not contender.unanswered:
-            return bare if contender.create_revision else None
+            return Txn(compare, [*deletions, *also]) if contender.create_revision else None
         own_key = self._session.own_key
-        return Txn(bare.compare, [*bare.success, own_key], [own_key])
+        return Txn(compare, [*deletions, own_key, *also], [own_key])
 
     def _forget(self, contender: Contender) -> None:
         with self._lock:
             contender.gone = True
-            self._by_key.pop(contender.key, None)
-            if contender.unanswered:
-                self._burnt.add(contender.key)
+            for each in contender.leaving:
+                self._by_key.pop(each.key, None)
+                if contender.unanswered:
+                    self._burnt.add(each.key)
             listeners = list(contender.listeners)
         for event in listeners:
             event.set()
 
     def _later(self, contender: Contender) -> None:
         with self._lock:
+            if contender.gone:
+                return  # its name may be another's by now
             contender.unanswered = True
             if contender not in self._unfinished:
                 self._unfinished.append(contender)
@@ -289,12 +347,12 @@ class Contenders:
     def idle(self) -> bool:
         """Whether nobody holds or wants a lock any more: what is left is on its way out."""
         with self._lock:
-            return all(each in self._unfinished for each in self._by_key.values())
+            return all(each in self._unfinished for each in self._by_key.values() if each.of is None)
 
     def existing(self) -> list[Contender]:
         """Those that are in etcd, as far as we know."""
         with self._lock:
-            return [c for c in self._by_key.values() if c.create_revision and not c.lost]
+            return [c for c in self._by_key.values() if c.create_revision and not (c.lost or c.of)]
 
     def check_missing(self, contenders: list[Contender], listed: set[str]) -> None:
         """Lose those of `contenders` that are not in `listed`, once a linearizable read has said so too."""
@@ -304,6 +362,21 @@ class Contenders:
             kvs = self._session.transport.range(Range(contender.key)).kvs
             if not kvs or kvs[0].create_revision != contender.create_revision:
                 self.lose(contender, f"its key {contender.key} was deleted")
+
+    def check_siblings(self, now: float) -> None:
+        """Make the names of those siblings free for use again that should be gone by `now`, if they surely are."""
+        with self._lock:
+            left = [each for each in self._by_key.values() if each.of is not None and each.of.gone]
+            due = [each for each in left if each.stays_until is not None and each.stays_until <= now]
+        for begin in range(0, len(due), _RANGES_A_LOOK):
+            some = due[begin : begin + _RANGES_A_LOOK]
+            reply = self._session.txn(Txn([], [Range(each.key, keys_only=True) for each in some]))
+            there = {kv.key: kv.create_revision for index in range(len(some)) for kv in reply.range(index).kvs}
+            gone = [each for each in some if there.get(each.key) != each.create_revision]
+            with self._lock:
+                self._burnt.update(each.key for each in gone if each.of is not None and each.of.unanswered)
+                for each in gone:
+                    self._by_key.pop(each.key, None)
 
     def remove_strays(self, listed: set[str]) -> None:
         """Delete the contenders among the lease's keys `listed` that nobody here owns: late puts made them."""

@@ -14,6 +14,9 @@ What a contender asks of those who came before it is its `Mode`: nobody (exclusi
 slots only and fewer than N of them. Nobody overtakes, so nobody starves: a reader that finds a writer waiting
 waits behind it. In every mode two contenders with the same task id exclude each other.
 
+A contender that stays taken for some time after it was released has a *sibling*, a second key of its kind and of its
+create revision (see `sibling`). The two count as one: so what is counted are create revisions, not keys.
+
 Everything here is pure: it says what to ask etcd and what an answer means.
 """
 
@@ -34,6 +37,7 @@ __all__ = [
     "Description",
     "Kind",
     "Mode",
+    "anybody_waits",
     "blamed",
     "checked_name",
     "contender_key",
@@ -70,16 +74,16 @@ class Mode:
         start = f"{name}/{self.kind}/"
         return start, prefix_end(start)
 
-    def ahead(self, name: str, created: int, task_id: str) -> list[Range]:
+    def ahead(self, name: str, created: int, task_id: str, own: int = 1) -> list[Range]:
         """Asks for as much of what is ahead of the contender created at `created` as `keeping_out` needs.
 
-        0: of one that is the newest of all, having just been put. Its own key may be among the answers.
+        0: of one that is the newest of all, having just been put. Its `own` keys may be among the answers.
         """
-        self_too = 0 if created else 1
+        self_too = 0 if created else own
         limit = 1 + (self_too if self.kind == "write" else 0)
         asked = [_newest(span, created, limit, keys_only=True) for span in self._outside(name)]
         if self.kind == "slot":
-            asked.append(_newest(self._inside(name), created, self.limit + self_too, keys_only=not task_id))
+            asked.append(_newest(self._inside(name), created, 2 * self.limit + self_too, keys_only=not task_id))
         return asked + self.twins(name, task_id, created)
 
     def twins(self, name: str, task_id: str, created: int = 0) -> list[Range]:
@@ -90,8 +94,16 @@ class Mode:
         """Asks for those who came first, as many as show whether a newcomer may go in, and who they are."""
         asked = [Range(*span, limit=1, sort="create") for span in self._outside(name)]
         if self.kind == "slot":
-            asked.append(Range(*self._inside(name), limit=self.limit, sort="create"))
+            asked.append(Range(*self._inside(name), limit=2 * self.limit, sort="create"))
         return asked + self.twins(name, task_id)
+
+    def line(self, name: str) -> list[Range]:
+        """Asks for as many of the first in the queue as `anybody_waits` needs."""
+        start, everybody = name + "/", 1 + 2 * max(1, self.limit)
+        if self.kind == "read":
+            outside = [Range(*span, limit=everybody, sort="create", keys_only=True) for span in self._outside(name)]
+            return [*outside, Range(*self._inside(name), limit=1, sort="create", keys_only=True)]
+        return [Range(start, prefix_end(start), limit=everybody, sort="create", keys_only=True)]
 
     def free(self, name: str, seen: int) -> list[Compare]:
         """The condition that a newcomer may go in.
@@ -140,9 +152,22 @@ def keeping_out(mode: Mode, name: str, ahead: Iterable[KeyValue], task_id: str =
     for contender in nearest:
         if mode.kind == "write" or kind_of(name, contender.key) != mode.kind:
             return (contender,)
-    if mode.kind == "slot" and len(nearest) >= mode.limit:
-        return tuple(nearest[: mode.limit])
+    if mode.kind == "slot":
+        one_of_each = {contender.create_revision: contender for contender in nearest}
+        if len(one_of_each) >= mode.limit:
+            return tuple(one_of_each.values())[: mode.limit]
     return tuple(twin for twin in nearest if task_id and describe(twin).task_id == task_id)[:1]
+
+
+def anybody_waits(mode: Mode, name: str, found: Iterable[KeyValue]) -> bool:
+    """Whether anybody in the queue is kept out, all of its contenders being of `mode` or exclusive.
+
+    `found` is what `Mode.line` asks for.
+    """
+    queued = {kv.create_revision: kind_of(name, kv.key) for kv in sorted(found, key=_created)}
+    if mode.kind == "slot" and len(queued) > mode.limit:
+        return True
+    return len(queued) > 1 and any(kind != mode.kind or kind == "write" for kind in queued.values())
 
 
 def blamed(mode: Mode, name: str, found: Iterable[KeyValue], task_id: str = "") -> Description:

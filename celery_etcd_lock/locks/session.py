@@ -12,8 +12,8 @@ are. A session is open until it is closed or lost; it never comes back, its user
 **The deadline of trust** is counted from *before* the grant or renewal was sent, with the TTL that the server
 returned, less a margin (a tenth). The server counts from a later moment and to the full TTL, so the holder knows
 before anybody else can get the lock. The clock goes on while the machine is suspended. Two threads keep the
-session: one talks to etcd (renews at a third of the TTL, and tidies up), the other only watches the deadline, so
-that a request that hangs cannot keep it from saying that the session is lost.
+session: one talks to etcd (renews at a third of the TTL, and tidies up), the other only watches the deadline (and
+those of single locks, see `expiry`), so that a request that hangs cannot keep it from saying that they are lost.
 
 What the tidying is for: a renewal that succeeds does not prove that the keys are still there, so once per TTL
 the lease is asked for them while anything is held; and a request that got no answer may be carried out late and
@@ -54,6 +54,7 @@ from celery_etcd_lock.exceptions import (
     PermissionDenied,
 )
 from celery_etcd_lock.locks.contender import Contenders
+from celery_etcd_lock.locks.expiry import Expiries, Expiry
 from celery_etcd_lock.locks.permission import denied
 from celery_etcd_lock.locks.waiting import Wakeups
 
@@ -97,6 +98,7 @@ class Session:
         self.host = socket.gethostname()
         self.wakeups = Wakeups(transport)
         self.contenders = Contenders(self)
+        self.expiries = Expiries(self.contenders)
         self._namespace = namespace
         self._clock = clock
         self._changed = threading.Condition()
@@ -218,6 +220,10 @@ class Session:
         """Wait until the session is lost or closed. False: it was not, for `timeout` seconds."""
         return self._lost.wait(timeout)
 
+    def now(self) -> float:
+        """What the session's clock says, in seconds."""
+        return self._clock()
+
     def assert_trusted(self) -> None:
         """`LockLost` unless the session can be trusted right now."""
         if self.lost:
@@ -283,12 +289,22 @@ class Session:
     def _watch_deadline(self) -> None:
         while not self._lost.is_set():
             with self._changed:
-                left = self._deadline - self._clock()
-                if left > 0:
+                now = self._clock()
+                left, until_expiry = self._deadline - now, self.expiries.next_due() - now
+                if left > 0 and until_expiry > 0:
                     # Not longer than a second: after a suspension the wait's own clock is behind ours.
-                    self._changed.wait(min(left, 1.0) if len(self.contenders) else left)
+                    self._changed.wait(min(left, until_expiry, 1.0) if len(self.contenders) else left)
                     continue
-            self._lose(self._overdue())
+            if left > 0:
+                self.expiries.run(now)
+            else:
+                self._lose(self._overdue())
+
+    def expire(self, expiry: Expiry) -> None:
+        """Stop vouching for a contender when `expiry` says so."""
+        self.expiries.add(expiry)
+        with self._changed:
+            self._changed.notify_all()
 
     def _keep(self) -> None:
         while not self._lost.is_set():
@@ -378,6 +394,7 @@ class Session:
                 return
             self.contenders.check_missing(held, listed)
             self.contenders.remove_strays(listed)
+            self.contenders.check_siblings(self._clock())
         except EtcdLockError as error:
             if not self._lost.is_set():
                 logger.warning("etcd_lock.check_failed: %s", error)

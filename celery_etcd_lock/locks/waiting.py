@@ -6,16 +6,18 @@ a stream that broke or a compacted revision cost a look, not correctness.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from celery_etcd_lock.etcd.api import Transport, Watch, WatchStream, prefix_end
 from celery_etcd_lock.exceptions import Compacted, EtcdLockError, EtcdRejected
 
-__all__ = ["Wakeups"]
+__all__ = ["Bell", "Wakeable", "Wakeups"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,35 @@ _PAUSE = 0.2
 
 _LONGEST_PAUSE = 30.0
 """Seconds between two attempts, after a number of them that etcd has refused."""
+
+
+class Wakeable(Protocol):
+    """What is set to wake somebody: a `Bell`, or a `threading.Event`."""
+
+    def set(self) -> None: ...
+
+
+class Bell:
+    """An event for one who waits. To set it never blocks, whatever a signal's handler raises in who waits for it.
+
+    (`threading.Event.set` may, for ever: if the exception comes when the waiting thread has just taken the event's
+    own lock, nobody gives that back.)
+    """
+
+    def __init__(self) -> None:
+        self._silent = threading.Lock()
+        self._silent.acquire()
+
+    def set(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it has rung already
+            self._silent.release()
+
+    def clear(self) -> None:
+        self._silent.acquire(blocking=False)
+
+    def wait(self, timeout: float) -> None:
+        """Until it has rung since the last `wait` or `clear`, for `timeout` seconds at most."""
+        self._silent.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
 
 class Wakeups:
@@ -36,7 +67,7 @@ class Wakeups:
 
     @contextmanager
     def watching(
-        self, name: str, keys: Sequence[str], revision: int, event: threading.Event, *, puts: bool = False
+        self, name: str, keys: Sequence[str], revision: int, event: Wakeable, *, puts: bool = False
     ) -> Iterator[None]:
         """Set `event` once one of `keys`, of the lock `name`, is deleted at `revision` or later, or may have been.
 
@@ -81,14 +112,14 @@ class _NameWatch:
         self._name = name
         self._all = name + "/"
         self._registry = registry
-        self._waiting: dict[str, dict[threading.Event, _Wait]] = {}
+        self._waiting: dict[str, dict[Wakeable, _Wait]] = {}
         self._stream: WatchStream | None = None
         self._covers: Watch | None = None
         self._told = 0
         self._changed = threading.Event()
         threading.Thread(target=self._run, name=f"etcd-lock-watch {name}", daemon=True).start()
 
-    def add(self, keys: Sequence[str], event: threading.Event, wait: _Wait) -> None:
+    def add(self, keys: Sequence[str], event: Wakeable, wait: _Wait) -> None:
         for key in keys:
             self._waiting.setdefault(key, {})[event] = wait
         covers = self._covers
@@ -99,7 +130,7 @@ class _NameWatch:
         elif wait.revision < max(covers.start_revision, self._told + 1):
             event.set()  # the stream may have told of it before anybody was there to hear
 
-    def remove(self, keys: Sequence[str], event: threading.Event) -> None:
+    def remove(self, keys: Sequence[str], event: Wakeable) -> None:
         for key in keys:
             events = self._waiting.get(key, {})
             events.pop(event, None)
