@@ -35,6 +35,11 @@ class HeldLock:
         self._outcome: Removal | None = None
 
     @property
+    def session(self) -> Session:
+        """The session on whose lease it hangs."""
+        return self._session
+
+    @property
     def name(self) -> str:
         """The lock's name in etcd, as ``etcdctl lock`` takes it."""
         return self._contender.name

@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from celery.exceptions import Ignore, Retry
+
 from celery_etcd_lock import signals
+from celery_etcd_lock.etcd.api import Operation
 from celery_etcd_lock.exceptions import (
     ConfigError,
     EtcdLockError,
@@ -25,6 +28,7 @@ from celery_etcd_lock.exceptions import (
 )
 from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
+from celery_etcd_lock.tasks.copies import Copies, Verdict
 from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
 from celery_etcd_lock.tasks.message import Waits, forget_waits, options_in
 from celery_etcd_lock.tasks.options import behaviour, mode_name
@@ -64,6 +68,8 @@ class _Turn:
         self.runtime = Runtime.of(task.app)
         self.waits = Waits.of(request)
         self.holds = behaviour(task, self.runtime.settings, options_in(request.headers))
+        self.ceiling = countdown_ceiling(task.app)
+        self.copies = Copies(self.runtime, task, request, self.ceiling)
         self.since = 0.0
         """When the lock was taken, by the monotonic clock."""
 
@@ -72,6 +78,9 @@ class _Turn:
             return self.observe()
         try:
             held = self.take()
+            self.runtime.outage.over()
+            if self.copies.possible:
+                self.stand_aside_with(held)
         except LockContended as contended:
             self.runtime.outage.over()
             return self.refused(contended)
@@ -81,10 +90,9 @@ class _Turn:
             # Its place in the queue, not etcd: whoever else holds the lock still does.
             if self.request.is_eager:
                 raise
-            raise put_back(self.task, self.request, self.waits.unavailable(), error, self.pause()) from None
+            raise self.put_back(self.waits.unavailable(), error, self.pause()) from None
         except EtcdLockError as error:
             return self.unavailable(error)
-        self.runtime.outage.over()
         return self.hold(held)
 
     # -- take it
@@ -115,9 +123,27 @@ class _Turn:
             waited=self.waits.seconds,
             same_task=bool(self.id) and contended.task_id == self.id,
             timed_out=isinstance(contended, LockTimeout),
-            ceiling=countdown_ceiling(self.task.app),
+            ceiling=self.ceiling,
             random=random.random,
         )
+
+    def stand_aside_with(self, held: HeldLock) -> None:
+        """Give `held` back and do not run, if another copy of this message has run, or is ending."""
+        judged: Verdict | None = None
+        try:
+            judged = self.copies.look()
+        finally:
+            if judged != "run":
+                held.release()
+        self.stand_aside(judged, LockContended(self.name, f"another copy of {self.task.name}[{self.id}]"))
+
+    def stand_aside(self, judged: Verdict, reason: LockContended) -> None:
+        """`Ignore` or `Retry`, unless this copy may run."""
+        if judged == "drop":
+            raise Ignore
+        if judged == "again":
+            pause = conflict.Retry(max_wait=None).pause(self.waits.count, 0.0, self.ceiling, random.random)
+            raise self.put_back(self.waits.contended(), reason, pause)
 
     # -- have it
 
@@ -125,28 +151,35 @@ class _Turn:
         """Run the body under `held`, and give it back."""
         on_lost = self.holds.on_lost
         again = on_lost == "retry" and not self.request.is_eager
+        also: tuple[Operation, ...] = ()
         try:
             try:
                 set_lock(self.request, held)
                 forget_waits(self.request)
                 self.say_acquired(held)
                 result = self.body() if on_lost == "warn" else _abortable(held, self.body)
+                also = self.copies.ending(held.session)
+            except Retry:
+                also = self.copies.ending(held.session)
+                raise
             finally:
                 # On every way out of the body, and before the result is stored and the next in the chain is sent.
-                lost = self.give_back(held)
+                lost = self.give_back(held, also)
         except LockLost as error:
             if again and held.release() == "lost":
-                raise put_back(self.task, self.request, Waits(), error, countdown=0.0) from error
+                raise self.put_back(self.waits.lost(), error) from error
             raise
         if lost and on_lost != "warn":
             unsaid = LockLost(lost)
-            raise put_back(self.task, self.request, Waits(), unsaid, countdown=0.0) if again else unsaid
+            raise self.put_back(self.waits.lost(), unsaid) if again else unsaid
         return result
 
-    def give_back(self, held: HeldLock) -> str:
+    def give_back(self, held: HeldLock, also: Sequence[Operation] = ()) -> str:
         """Release, and say so if there was nothing to release any more. Returns why there was not."""
         why = "" if held.is_held() else held.why_not()
-        outcome = held.release()
+        outcome = held.release(also)
+        if outcome != "lost":
+            self.copies.released(self.request)
         lasted = time.monotonic() - self.since
         if outcome != "lost":
             answered = outcome == "released"
@@ -162,11 +195,16 @@ class _Turn:
 
     def refused(self, contended: LockContended) -> Any:
         """Somebody else holds the lock: what the author wants then."""
+        if self.copies.overdue:
+            try:
+                self.stand_aside(self.copies.look(), contended)
+            except EtcdLockError as error:
+                return self.unavailable(error)
         action = self.decide(contended)
         outcome = self.outcome(action)
         self.say_contended(contended, outcome, action.countdown if isinstance(action, conflict.PutBack) else 0.0)
         if isinstance(action, conflict.PutBack) and outcome == "retry":
-            raise put_back(self.task, self.request, self.waits.contended(), contended, action.countdown)
+            raise self.put_back(self.waits.contended(), contended, action.countdown)
         if isinstance(action, conflict.SkipRun) and outcome == "skip":
             return action.result
         raise contended
@@ -195,11 +233,18 @@ class _Turn:
         if consequence == "fail":
             raise error
         reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
-        raise put_back(self.task, self.request, self.waits.unavailable(), reason, self.pause())
+        raise self.put_back(self.waits.unavailable(), reason, self.pause())
+
+    def put_back(self, waits: Waits, reason: Exception, countdown: float = 0.0) -> Retry:
+        """Send the message again; returns what to raise."""
+        retry = put_back(self.task, self.request, waits, reason, countdown, again=self.copies.overdue)
+        if not isinstance(reason, EtcdUnavailable):
+            self.copies.put_back()
+        return retry
 
     def pause(self) -> float:
         """Seconds until it comes back to look for etcd."""
-        return _UNAVAILABLE.pause(self.waits.outages, 0.0, countdown_ceiling(self.task.app), random.random)
+        return _UNAVAILABLE.pause(self.waits.outages, 0.0, self.ceiling, random.random)
 
     def observe(self) -> Any:
         """Run the body whatever happens, under the lock if it is free; say what locking would have prevented."""

@@ -3,8 +3,8 @@
 * ``of`` and ``nonce``: the task id, and which publication of it this is. All copies of one message say the same:
   the ones that a broker delivers again, the ones that were put back, the attempts of one task that retries itself. A
   header that speaks of another task's id (somebody handed their own headers on) is none.
-* ``count``, ``seconds``, ``at``, ``outages``: what the message has waited so far, see `Waits`; ``again``: it is, or was
-  put back by, a message that the broker delivered more than once.
+* ``count``, ``seconds``, ``at``, ``outages``: what the message has waited, and ``times`` how often it was put back
+  for whatever reason: see `Waits`; ``again``: there may be copies of it that are as far as it is.
 * options for this call, by their names: ``{"on_conflict": "skip"}``.
 """
 
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from celery.app.task import Context
 
-__all__ = ["HEADER", "Waits", "addressed", "forget_waits", "is_copy", "nonce_of", "options_in", "with_waits"]
+__all__ = ["HEADER", "Waits", "addressed", "forget_waits", "nonce_of", "options_in", "was_redelivered", "with_waits"]
 
 HEADER = "etcd_lock"
-_NOT_OPTIONS = frozenset({"of", "nonce", "count", "seconds", "at", "outages", "again"})
+_NOT_OPTIONS = frozenset({"of", "nonce", "count", "seconds", "at", "outages", "times", "again"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class Waits:
     """When it was last put back because of a holder (Unix time), 0 if it last was because of etcd."""
     outages: int = 0
     """How often in a row it was put back because etcd did not answer."""
+    times: int = 0
+    """How often it was put back at all. Only grows: it tells a copy from a later one."""
 
     @classmethod
     def of(cls, request: Context) -> Waits:
@@ -45,15 +47,20 @@ class Waits:
         try:
             at = float(header.get("at", 0))
             seconds = float(header.get("seconds", 0)) + (max(0.0, time.time() - at) if at else 0.0)
-            return cls(int(header.get("count", 0)), seconds, at, int(header.get("outages", 0)))
+            outages, times = int(header.get("outages", 0)), int(header.get("times", 0))
+            return cls(int(header.get("count", 0)), seconds, at, outages, times)
         except (TypeError, ValueError):
             return cls()
 
     def contended(self) -> Waits:
-        return replace(self, count=self.count + 1, at=time.time(), outages=0)
+        return replace(self, count=self.count + 1, at=time.time(), outages=0, times=self.times + 1)
 
     def unavailable(self) -> Waits:
-        return replace(self, at=0.0, outages=self.outages + 1)
+        return replace(self, at=0.0, outages=self.outages + 1, times=self.times + 1)
+
+    def lost(self) -> Waits:
+        """It had the lock, and is to begin anew."""
+        return Waits(times=self.times + 1)
 
     def __bool__(self) -> bool:
         return bool(self.count or self.outages)
@@ -79,16 +86,16 @@ def nonce_of(request: Context) -> str:
     return str(header.get("nonce", "")) if header.get("of") == str(request.id) else ""
 
 
-def is_copy(request: Context) -> bool:
-    """Whether another copy of this message may have run: it was delivered again, or comes from one that was."""
-    redelivered = bool((request.delivery_info or {}).get("redelivered"))
-    return redelivered or bool(_header(request.headers).get("again")) or bool(Waits.of(request))
+def was_redelivered(request: Context) -> bool:
+    """Whether the broker has delivered this message before, or one of which this is a copy that was put back."""
+    redelivered = (request.delivery_info or {}).get("redelivered")
+    return bool(redelivered) or bool(_header(request.headers).get("again"))
 
 
-def with_waits(request: Context, waits: Waits) -> dict[str, Any]:
-    """The headers with which the message of `request` is put back."""
+def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[str, Any]:
+    """The headers with which the message of `request` is put back. `again`: there may be copies of it."""
     header = {**_header(request.headers), **asdict(waits)}
-    if (request.delivery_info or {}).get("redelivered"):
+    if again:
         header["again"] = True
     return {**(request.headers or {}), HEADER: header}
 
@@ -97,7 +104,7 @@ def forget_waits(request: Context) -> None:
     """It has the lock: what it waited for that is not to count when the body sends its task again."""
     headers = request.headers or {}
     if HEADER in headers:
-        forgotten = {each.name for each in fields(Waits)} | {"again"}
+        forgotten = {each.name for each in fields(Waits)} - {"times"} | {"again"}
         mine = {key: value for key, value in _header(headers).items() if key not in forgotten}
         request.headers = {**headers, HEADER: mine}
 

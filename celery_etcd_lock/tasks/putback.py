@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["countdown_ceiling", "put_back"]
 
 
-def put_back(task: Task[Any, Any], request: Context, waits: Waits, reason: Exception, countdown: float) -> Retry:
+def put_back(
+    task: Task[Any, Any], request: Context, waits: Waits, reason: Exception, countdown: float, *, again: bool = False
+) -> Retry:
     """Send the message of `request` again, to run in `countdown` seconds; returns what the caller has to raise.
 
-    If the broker refuses it that error comes instead, and the task ends as FAILURE with it.
+    If the broker refuses it that error comes instead, and the task ends as FAILURE with it. `again`: there may be
+    copies of the message.
     """
-    headers = with_waits(request, waits)
+    headers = with_waits(request, waits, again=again)
     signature = task.signature_from_request(request, countdown=countdown, retries=request.retries, headers=headers)
     signature.apply_async()
     when: Any = countdown
