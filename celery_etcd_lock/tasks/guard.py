@@ -23,6 +23,7 @@ from celery_etcd_lock.exceptions import (
 from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
 from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
+from celery_etcd_lock.tasks.interrupts import allowed, deferred
 from celery_etcd_lock.tasks.putback import Waits, countdown_ceiling, forget_waits, put_back
 from celery_etcd_lock.tasks.runtime import Runtime
 
@@ -43,7 +44,17 @@ _UNAVAILABLE = conflict.Retry(backoff_max=30, max_wait=None)
 def run_alone(
     task: SingletonTask, request: Context, args: tuple[Any, ...], kwargs: dict[str, Any], body: Callable[[], Any]
 ) -> Any:
-    """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name."""
+    """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name.
+
+    Signals strike in the body, and while it waits for the lock; else they do when all is done.
+    """
+    with deferred():
+        return _run_alone(task, request, args, kwargs, body)
+
+
+def _run_alone(
+    task: SingletonTask, request: Context, args: tuple[Any, ...], kwargs: dict[str, Any], body: Callable[[], Any]
+) -> Any:
     runtime = Runtime.of(task.app)
     name = task.lock_name(args, kwargs)
     waits = Waits.of(request)
@@ -79,7 +90,7 @@ def _observe(runtime: Runtime, name: str, task: SingletonTask, request: Context,
         would = f"meet its on_conflict, {task.conflict_policy()!r}" if isinstance(error, LockContended) else "not lock"
         logger.warning("etcd_lock.observed: %s[%s] would %s: %s", task.name, request.id, would, error)
     try:
-        return body()
+        return _interruptible(body)
     finally:
         if held is not None:
             _give_back(task, request, held)
@@ -99,7 +110,8 @@ def _take(
         action = _decide(policy, contended, request, waits, task)
         if not isinstance(action, conflict.WaitInPlace):
             raise
-        return runtime.acquire(name, task._mode, blocking=True, timeout=action.timeout, describe=describe)
+        with allowed():
+            return runtime.acquire(name, task._mode, blocking=True, timeout=action.timeout, describe=describe)
 
 
 def _decide(
@@ -151,7 +163,7 @@ def _unavailable(
     if consequence == "run":
         logger.warning("etcd_lock.unlocked: %s[%s] runs without its lock: %s", task.name, request.id, error)
         set_lock(request, Unheld(name, str(error)))
-        return body()
+        return _interruptible(body)
     if consequence == "fail":
         raise error
     reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
@@ -170,7 +182,7 @@ def _run(task: SingletonTask, request: Context, held: HeldLock, body: Callable[[
             Runtime.of(task.app).outage.over()
             set_lock(request, held)
             forget_waits(request)
-            result = body() if on_lost == "warn" else _abortable(held, body)
+            result = _interruptible(body) if on_lost == "warn" else _abortable(held, body)
         finally:
             # On every way out of the body, and before the result is stored and the next in the chain is sent.
             lost = _give_back(task, request, held)
@@ -184,6 +196,11 @@ def _run(task: SingletonTask, request: Context, held: HeldLock, body: Callable[[
     return result
 
 
+def _interruptible(body: Callable[[], Any]) -> Any:
+    with allowed():
+        return body()
+
+
 def _abortable(held: HeldLock, body: Callable[[], Any]) -> Any:
     abort = Abort()
     held.on_lost(abort.fire)
@@ -192,8 +209,10 @@ def _abortable(held: HeldLock, body: Callable[[], Any]) -> Any:
 
 def _give_back(task: SingletonTask, request: Context, held: HeldLock) -> str:
     """Release, and say so if there was nothing to release any more. Returns why there was not."""
-    why = "" if held.is_held() else held.why_not()
-    if held.release() != "lost":
+    with deferred():  # of its own: see `interrupts`
+        why = "" if held.is_held() else held.why_not()
+        outcome = held.release()
+    if outcome != "lost":
         return ""
     reason = f"{held.name}: {why or 'its key was deleted'}"
     logger.error("etcd_lock.lost: %s[%s] has lost its lock: %s", task.name, request.id, reason)
