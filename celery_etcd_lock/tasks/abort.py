@@ -7,7 +7,7 @@ asynchronous exception does it; Python delivers that when the thread next runs P
 that blocks.
 
 An abort is armed while the body runs and disarmed before anything else does, so that it never hits Celery's
-code. It raises at most once.
+code. It raises at most once. Other signals strike in the body only: see `interrupts`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from celery_etcd_lock.exceptions import LockLost
+from celery_etcd_lock.tasks.interrupts import Front, allowed, deferred
 
 __all__ = ["Abort"]
 
@@ -50,13 +51,15 @@ class Abort:
         """Run `body`; `LockLost` in it, once, if `fire` is called meanwhile or was before. Bodies may nest."""
         outer = Abort._in_main
         try:
-            try:
-                self._arm()
-                return body()
-            finally:
-                self._disarm(outer)
+            with deferred():
+                try:
+                    self._arm()
+                    with allowed():
+                        return body()
+                finally:
+                    self._disarm(outer)
         except LockLost as lost:
-            self._disarm(outer)  # the exception may have come in the middle of that
+            self._disarm(outer)  # an asynchronous exception may have come in the middle of that
             if self._fired and not lost.args:
                 # An asynchronous exception comes as a class, without its reason.
                 raise LockLost(self._reason) from None
@@ -112,21 +115,18 @@ def _handler_is_ours() -> bool:
     """Install the signal's handler, once, in front of the one that is there. Only the main thread can."""
     if _SIGNAL is None:
         return False
-    before = signal.getsignal(_SIGNAL)
-    if getattr(before, "aborts", False):
-        return True
-
-    handler = _make_handler(before if callable(before) else None)
-    signal.signal(_SIGNAL, handler)
+    there = signal.getsignal(_SIGNAL)
+    if not (isinstance(there, Front) and isinstance(there.before, _Handler)):
+        signal.signal(_SIGNAL, Front(_Handler(there if callable(there) else None)))
     return True
 
 
-def _make_handler(before: Callable[[int, FrameType | None], Any] | None) -> Callable[[int, FrameType | None], Any]:
-    def handler(signum: int, frame: FrameType | None) -> None:
+class _Handler:
+    def __init__(self, before: Callable[[int, FrameType | None], Any] | None) -> None:
+        self._before = before
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if Abort._in_main is not None:
             Abort._in_main._signalled()
-        if before is not None:
-            before(signum, frame)
-
-    handler.aborts = True  # type: ignore[attr-defined]
-    return handler
+        if self._before is not None:
+            self._before(number, frame)

@@ -30,6 +30,7 @@ from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
 from celery_etcd_lock.tasks.copies import Copies, Verdict
 from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
+from celery_etcd_lock.tasks.interrupts import allowed, deferred
 from celery_etcd_lock.tasks.message import Waits, forget_waits, options_in
 from celery_etcd_lock.tasks.options import behaviour, mode_name
 from celery_etcd_lock.tasks.putback import countdown_ceiling, put_back
@@ -48,12 +49,19 @@ logger = logging.getLogger("celery_etcd_lock")
 _UNAVAILABLE = conflict.Retry(backoff_max=30, max_wait=None)
 """How long a task stays away while etcd does not answer: it counts towards no policy's `max_wait`."""
 
+_GRACE = 5.0
+"""Seconds between the loss of a lock that was held for too long and its key's end, whatever the body does."""
+
 
 def run_alone(
     task: SingletonTask, request: Context, args: tuple[Any, ...], kwargs: dict[str, Any], body: Callable[[], Any]
 ) -> Any:
-    """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name."""
-    return _Turn(task, request, task.lock_name(args, kwargs), body).run()
+    """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name.
+
+    Signals strike in the body, and while it waits for the lock; else they do when all is done.
+    """
+    with deferred():
+        return _Turn(task, request, task.lock_name(args, kwargs), body).run()
 
 
 class _Turn:
@@ -149,15 +157,19 @@ class _Turn:
 
     def hold(self, held: HeldLock) -> Any:
         """Run the body under `held`, and give it back."""
-        on_lost = self.holds.on_lost
+        on_lost, at_most = self.holds.on_lost, self.holds.at_most_for
         again = on_lost == "retry" and not self.request.is_eager
         also: tuple[Operation, ...] = ()
         try:
             try:
                 set_lock(self.request, held)
                 forget_waits(self.request)
+                if at_most is not None:
+                    held.expire_after(
+                        at_most, grace=_GRACE, reason=f"held for longer than lock_at_most_for={at_most} s"
+                    )
                 self.say_acquired(held)
-                result = self.body() if on_lost == "warn" else _abortable(held, self.body)
+                result = _interruptible(self.body) if on_lost == "warn" else _abortable(held, self.body)
                 also = self.copies.ending(held.session)
             except Retry:
                 also = self.copies.ending(held.session)
@@ -176,8 +188,9 @@ class _Turn:
 
     def give_back(self, held: HeldLock, also: Sequence[Operation] = ()) -> str:
         """Release, and say so if there was nothing to release any more. Returns why there was not."""
-        why = "" if held.is_held() else held.why_not()
-        outcome = held.release(also)
+        with deferred():  # of its own: see `interrupts`
+            why = "" if held.is_held() else held.why_not()
+            outcome = held.release(also)
         if outcome != "lost":
             self.copies.released(self.request)
         lasted = time.monotonic() - self.since
@@ -229,7 +242,7 @@ class _Turn:
         if consequence == "run":
             logger.warning("etcd_lock.unlocked: %s[%s] runs without its lock: %s", self.task.name, self.id, error)
             set_lock(self.request, Unheld(self.name, str(error)))
-            return self.body()
+            return _interruptible(self.body)
         if consequence == "fail":
             raise error
         reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
@@ -261,7 +274,7 @@ class _Turn:
         try:
             if held is not None:
                 self.say_acquired(held)
-            return self.body()
+            return _interruptible(self.body)
         finally:
             if held is not None:
                 self.give_back(held)
@@ -283,6 +296,11 @@ class _Turn:
             self.waits.count, self.waits.seconds, pause, would,
         )  # fmt: skip
         signals.lock_contended.send(self.task, record=record)
+
+
+def _interruptible(body: Callable[[], Any]) -> Any:
+    with allowed():
+        return body()
 
 
 def _abortable(held: HeldLock, body: Callable[[], Any]) -> Any:

@@ -11,7 +11,6 @@ import atexit
 import os
 import secrets
 import threading
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -87,17 +86,15 @@ class Runtime:
             self._transport = self.settings.connect()
         return self._transport
 
-    def acquire(
-        self, name: str, mode: Mode, *, blocking: bool, timeout: float | None, describe: Mapping[str, str | int]
-    ) -> HeldLock:
-        """As `locks.acquire`; a session that turns out to be lost is replaced once."""
+    def acquire(self, name: str, mode: Mode, **options: Any) -> HeldLock:
+        """As `locks.acquire`, with its options; a session that turns out to be lost is replaced once."""
         session = self.session()
         try:
-            return acquire(session, name, mode, blocking=blocking, timeout=timeout, describe=describe)
+            return acquire(session, name, mode, **options)
         except LockLost:
             if not session.lost:
                 raise
-        return acquire(self.session(), name, mode, blocking=blocking, timeout=timeout, describe=describe)
+        return acquire(self.session(), name, mode, **options)
 
     def close(self) -> None:
         """End the session, and give back all that hangs on it. The next `session` opens another."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SingletonTask"]
 
-_LATER = frozenset({"unique_queued", "on_duplicate", "lock_at_least_for", "lock_at_most_for"})
+_LATER = frozenset({"unique_queued", "on_duplicate"})
 _NOT_PLAIN = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 

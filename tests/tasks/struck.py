@@ -1,0 +1,83 @@
+"""A task that is struck by SIGUSR1, as by its soft time limit, at a random instant around its lock and its body.
+
+Workers import it beside `project.py`, by Celery's setting ``imports``. With ``STRUCK_CONTROL`` in the environment
+nothing defers the signal.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+from celery import shared_task
+
+from celery_etcd_lock import SingletonTask
+from celery_etcd_lock.locks.held import HeldLock
+from celery_etcd_lock.tasks import abort, guard
+from celery_etcd_lock.tasks.runtime import Runtime
+from tests.strikes import Striker
+
+project: Any = sys.modules["project"]
+
+LATEST = 0.012
+"""Seconds: about as long as one run takes."""
+
+WIDER = 0.002
+"""Seconds by which the instants are widened that are hard to hit: right after the lock was taken, right before it is
+given back."""
+
+if "STRUCK_CONTROL" in os.environ:
+    for module in (guard, abort):
+        module.deferred = module.allowed = nullcontext  # type: ignore[attr-defined]
+
+acquire, release = Runtime.acquire, HeldLock.release
+
+
+def acquire_and_dawdle(*args: Any, **kwargs: Any) -> HeldLock:
+    held = acquire(*args, **kwargs)
+    time.sleep(WIDER)
+    return held
+
+
+def dawdle_and_release(held: HeldLock) -> Any:
+    time.sleep(WIDER)
+    return release(held)
+
+
+Runtime.acquire = acquire_and_dawdle  # type: ignore[method-assign]
+HeldLock.release = dawdle_and_release  # type: ignore[method-assign,assignment]
+
+
+@cache
+def own_striker() -> Striker:
+    """Of this process, made when it is first wanted: a forked child has none of its parent's timers."""
+    return Striker(signal.SIGUSR1)
+
+
+class Struck(SingletonTask):
+    """Struck from before its lock is taken until after it was given back, and never in Celery's own code."""
+
+    abstract = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("strike"):
+            return super().__call__(*args, **kwargs)
+        striker = own_striker()
+        try:
+            striker.set(random.uniform(1e-5, LATEST))
+            return super().__call__(*args, **kwargs)
+        finally:
+            striker.set(0)
+
+
+@shared_task(base=Struck, bind=True, name="struck", unique_on="number", on_conflict="fail")
+def struck(self: Any, number: int, strike: bool) -> int:
+    with project.noted(self, number):
+        pass
+    return number
