@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
-from project import app, define, note, noted
-
 from celery_etcd_lock import Conflict, SingletonTask
 from celery_etcd_lock.signals import lock_released
+
+project: Any = sys.modules["project"]
+app, define, note, noted = project.app, project.define, project.note, project.noted
 
 _soon = Conflict.retry(backoff=0.05, backoff_max=0.3)
 late = define("late", acks_late=True, on_conflict=_soon)
 late_skips = define("late_skips", acks_late=True, on_conflict=Conflict.skip(result="skipped"))
 early = define("early", on_conflict=_soon)
 requeued = define("requeued", acks_late=True, reject_on_worker_lost=True, on_conflict=_soon)
-resent = define("resent", acks_late=True, retry_on_worker_lost=True, on_conflict=_soon)
+resent = define("resent", acks_late=True, retry_on_worker_lost=True, default_retry_delay=0.2, on_conflict=_soon)
 dies_after_release = define("dies_after_release", acks_late=True, reject_on_worker_lost=True, on_conflict=_soon)
 
 

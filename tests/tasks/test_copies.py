@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import redis
-from celery import chain
-from celery.exceptions import WorkerLostError
+from celery import Task, chain
 from hypothesis import given
 from hypothesis import strategies as st
 
+from celery_etcd_lock import SingletonTask
 from celery_etcd_lock.tasks.copies import Mark, mark_key, verdict
-from tests.servers import RedisServer
 from tests.workers import Project, overlaps, until
 
 NewProject = Callable[..., Project]
@@ -76,14 +75,14 @@ class Queue:
     """The project's queue in Redis, from behind."""
 
     def __init__(self, project: Project) -> None:
-        self._client = redis.Redis.from_url(project.broker_url)
+        self._client: Any = redis.Redis.from_url(project.broker_url)
         self._name = project.queue
 
     def messages(self) -> list[dict[str, Any]]:
-        return [json.loads(raw) for raw in self._client.lrange(self._name, 0, -1)]  # type: ignore[union-attr]
+        return [json.loads(raw) for raw in self._client.lrange(self._name, 0, -1)]
 
-    def deliver_again(self, message: dict[str, Any], *, redelivered: bool = True) -> None:
-        """As Redis' transport restores a message whose acknowledgement did not come."""
+    def deliver(self, message: dict[str, Any], *, redelivered: bool = True) -> None:
+        """As Redis' transport restores a message whose acknowledgement did not come; or as a person sends it again."""
         copy = json.loads(json.dumps(message))
         if redelivered:
             copy["headers"]["redelivered"] = copy["properties"]["delivery_info"]["redelivered"] = True
@@ -91,23 +90,6 @@ class Queue:
 
     def close(self) -> None:
         self._client.close()
-
-
-@pytest.fixture(scope="module")
-def module_project(redis: RedisServer, etcd: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    from tests.workers import project
-
-    settings = {"imports": ["delivered_twice"], "etcd_lock_ttl": 10}
-    with project(redis.url, etcd.url, tmp_path_factory.mktemp("copies"), **settings) as opened:
-        yield opened
-
-
-@pytest.fixture
-def running(module_project: Project) -> Project:
-    """One worker for all tests that end well; each test uses a key of its own."""
-    if not module_project.workers:
-        module_project.worker("-P", "prefork", "-c", "2")
-    return module_project
 
 
 @pytest.fixture
@@ -124,104 +106,164 @@ def queue(stopped: Project) -> Iterator[Queue]:
 
 
 def dropped(project: Project) -> int:
-    return project.workers[-1].output.count("etcd_lock.copy_dropped")
+    return sum(worker.output.count("etcd_lock.copy_dropped") for worker in project.workers)
+
+
+def until_dropped(project: Project, number: int) -> None:
+    until(lambda: dropped(project) >= number, f"the word that {number} copies were dropped")
+
+
+def chained(project: Project, task: str, *args: Any) -> Any:
+    links = project.app.signature(task, args), project.app.signature("next_link")
+    return chain(*links, app=project.app).apply_async()
 
 
 class TestCopiesOfWhatHasEnded:
     def test_none_runs_again(self, stopped: Project, queue: Queue) -> None:
-        """A copy that comes when the original has finished is dropped; the result is the original's."""
-        result = stopped.send("late", 7)
-        (message,) = queue.messages()
-        stopped.worker("-P", "prefork", "-c", "1")
-        assert result.get(timeout=60) == 7
-        queue.deliver_again(message)
-        until(lambda: dropped(stopped) == 1, "the word that the copy was dropped")
-        assert len(stopped.runs()) == 1
-        assert result.state == "SUCCESS"
-
-    def test_a_chain_goes_on_once(self, stopped: Project, queue: Queue) -> None:
-        """The copy of a chain's first link does not send the second one again."""
-        first, second = stopped.app.signature("late", (7,)), stopped.app.signature("next_link")
-        result = chain(first, second, app=stopped.app).apply_async()
+        """A copy that comes when the original has finished is dropped: the result and the chain are the original's."""
+        result = chained(stopped, "late", 7)
         (message,) = queue.messages()
         stopped.worker("-P", "prefork", "-c", "1")
         assert result.get(timeout=60) == 8
-        queue.deliver_again(message)
-        until(lambda: dropped(stopped) == 1, "the word that the copy was dropped")
-        assert len(stopped.runs("next_link")) == 1
+        queue.deliver(message)
+        until_dropped(stopped, 1)
+        assert len(stopped.runs("late")) == len(stopped.runs("next_link")) == 1
+        assert result.parent.state == "SUCCESS"
 
-    def test_of_an_earlier_attempt_none_runs_and_the_later_attempt_does(self, stopped: Project, queue: Queue) -> None:
+    def test_nor_of_an_earlier_attempt(self, stopped: Project, queue: Queue) -> None:
         """The first attempt has retried itself: its copy is dropped, the second attempt runs all the same."""
         result = stopped.send("retries_once", 7)
         (message,) = queue.messages()
-        queue.deliver_again(message)
+        queue.deliver(message)
         stopped.worker("-P", "prefork", "-c", "1")
         assert result.get(timeout=60) == 7
-        until(lambda: dropped(stopped) == 1, "the word that the copy was dropped")
+        queue.deliver(message)
+        until_dropped(stopped, 2)
         assert [run.how for run in stopped.runs()] == ["Retry", "returned"]
 
     def test_what_failed_runs_when_it_is_sent_again(self, stopped: Project, queue: Queue) -> None:
-        """A message that ended in FAILURE and comes from a dead-letter queue is meant to run."""
+        """A message that ended in FAILURE and comes from a dead-letter queue, or as a copy, is meant to run."""
         result = stopped.send("fails", 7)
         (message,) = queue.messages()
         stopped.worker("-P", "prefork", "-c", "1")
         with pytest.raises(ValueError, match="7"):
             result.get(timeout=60)
-        queue.deliver_again(message, redelivered=False)
-        until(lambda: len(stopped.runs()) == 2, "the second run")
-        queue.deliver_again(message)
-        until(lambda: len(stopped.runs()) == 3, "the third run")
+        for number, redelivered in ((2, False), (3, True)):
+            queue.deliver(message, redelivered=redelivered)
+            until(lambda number=number: len(stopped.runs()) == number, "one more run")  # type: ignore[misc]
 
-    def test_a_copy_whose_lock_is_held_is_not_skipped_into_the_chain(self, stopped: Project, queue: Queue) -> None:
-        """`on_conflict="skip"` must not send the chain on a second time, with the skip's result."""
-        first, second = stopped.app.signature("late_skips", (7,)), stopped.app.signature("next_link")
-        result = chain(first, second, app=stopped.app).apply_async()
+    def test_a_copy_that_finds_the_lock_held_is_no_skip(self, stopped: Project, queue: Queue) -> None:
+        """`on_conflict="skip"` does not send the chain on a second time, with the skip's result."""
+        result = chained(stopped, "late_skips", 7)
         (message,) = queue.messages()
         stopped.worker("-P", "prefork", "-c", "2")
         assert result.get(timeout=60) == 8
-        other = stopped.send("late_skips", 8, 4.0)
+        other = stopped.send("late_skips", 8, 3.0)
         until(lambda: len(stopped.runs("late_skips")) == 2, "somebody else's hold")
-        queue.deliver_again(message)
-        until(lambda: dropped(stopped) == 1, "the word that the copy was dropped")
+        queue.deliver(message)
+        until_dropped(stopped, 1)
         assert other.get(timeout=60) == 8
         assert len(stopped.runs("next_link")) == 1
 
-
-class TestPublishedAnew:
     def test_an_id_of_ones_own_used_again_is_a_new_message(self, stopped: Project, queue: Queue) -> None:
-        """``task_id="nightly"`` each night: it runs each night; and copies of either are dropped."""
-        late = stopped.singleton("late", acks_late=True)
-        messages = []
+        """``task_id="nightly"`` each night: what is written of one night's message says nothing of the other's."""
+
+        @stopped.app.task(base=SingletonTask, name="late", lock_key="all")
+        def late(number: int) -> None: ...
+
         for number in (1, 2):
             late.apply_async((number,), task_id="nightly")
-            messages += queue.messages()
-            if not stopped.workers:
-                stopped.worker("-P", "prefork", "-c", "1")
-            until(lambda number=number: [r.how for r in stopped.runs()] == ["returned"] * number, "its run")
-            stopped.workers[-1].stop()
-            stopped.workers.append(stopped.worker("-P", "prefork", "-c", "1")) if number == 1 else None
-        assert len(messages) >= 1
+        second_night, first_night = queue.messages()
+        stopped.worker("-P", "prefork", "-c", "1")
+        until(lambda: [run.how for run in stopped.runs()] == ["returned"] * 2, "both nights' runs")
+        queue.deliver(second_night)
+        until_dropped(stopped, 1)
+        queue.deliver(first_night)
+        until(lambda: len(stopped.runs()) == 3, "the run of a message of which nothing is written")
+        assert dropped(stopped) == 1
+
+    def test_a_publisher_without_this_package_is_believed_by_the_id(self, stopped: Project, queue: Queue) -> None:
+        """A message without our header (sent by name) is known by its id alone."""
+        result = stopped.send("late", 7)
+        (message,) = queue.messages()
+        assert "etcd_lock" not in message["headers"]
+        stopped.worker("-P", "prefork", "-c", "1")
+        assert result.get(timeout=60) == 7
+        queue.deliver(message)
+        until_dropped(stopped, 1)
+        assert len(stopped.runs()) == 1
 
 
-class TestCopiesBesideTheOriginal:
-    def test_a_task_longer_than_the_visibility_timeout_runs_once(self, new_project: NewProject) -> None:
-        """Redis delivers it again and again while it runs: each copy waits, and none runs, then or later."""
-        project = new_project(
-            imports=["delivered_twice"], broker_transport_options=VISIBILITY, worker_prefetch_multiplier=4
-        )
-        project.worker("-P", "prefork", "-c", "2")
-        first, second = project.app.signature("late", (7, 6.0)), project.app.signature("next_link")
-        result = chain(first, second, app=project.app).apply_async()
-        until(project.runs, "the start")
-        project.worker("-P", "prefork", "-c", "2")  # looks at once for what was not acknowledged in time
+class TestDeath:
+    def test_between_the_body_and_the_next_message_of_the_chain(self, stopped: Project) -> None:
+        """The process dies when its lock is free already: the copy runs once more, and the chain goes on, once."""
+        result = chained(stopped, "dies_after_release", 7)
+        stopped.worker("-P", "prefork", "-c", "1")
         assert result.get(timeout=60) == 8
-        assert "etcd_lock.contended" in project.workers[1].output or "Retry in" in "".join(
-            worker.output for worker in project.workers
-        ), "a copy came"
-        assert "after" and [run.how for run in project.runs("late")] == ["returned"]
-        until(lambda: "copy_dropped" in "".join(worker.output for worker in project.workers), "the copies' end")
-        assert len(project.runs("next_link")) == 1
-        assert overlaps(project.runs("late")) == []
+        assert [run.how for run in stopped.runs("dies_after_release")] == ["returned", "returned"]
+        assert len(stopped.runs("next_link")) == 1
+
+    @pytest.mark.parametrize("task", ["requeued", "resent"])
+    def test_a_message_of_a_dead_child_runs_again_alone(self, stopped: Project, task: str) -> None:
+        """`reject_on_worker_lost` and `retry_on_worker_lost`: the same id again, after its ghost, to its end."""
+        if task == "resent" and not hasattr(Task, "retry_on_worker_lost"):
+            pytest.skip("retry_on_worker_lost is of Celery 5.7")
+        stopped.worker("-P", "prefork", "-c", "2")
+        result = stopped.send(task, 7, 2.0)
+        (first,) = until(stopped.runs, "the start")
+        os.kill(first.pid, signal.SIGKILL)
+        assert result.get(timeout=60) == 7
+        runs = stopped.runs()
+        assert [run.how for run in runs] == ["killed", "returned"]
+        assert runs[1].token > runs[0].token
 
 
-assert (os, signal, WorkerLostError)
+class TestVisibilityTimeout:
+    @pytest.fixture
+    def short(self, new_project: NewProject) -> Project:
+        return new_project(imports=["delivered_twice"], broker_transport_options=VISIBILITY, etcd_lock_ttl=10)
+
+    def test_shorter_than_the_task(self, short: Project) -> None:
+        """Redis delivers it again while it runs: the copies wait, and are dropped; it runs once, its chain goes on."""
+        short.worker("-P", "prefork", "-c", "2")
+        result = chained(short, "late", 7, 5.0)
+        until(short.runs, "the start")
+        short.worker("-P", "prefork", "-c", "2")  # which looks at once for what was not acknowledged in time
+        assert result.get(timeout=60) == 8
+        until_dropped(short, 1)
+        assert [run.how for run in short.runs("late")] == ["returned"]
+        assert len(short.runs("next_link")) == 1
+
+    def test_the_copy_is_all_there_is_when_the_original_dies(self, short: Project) -> None:
+        """The worker is killed while a copy waits behind it: the copy runs when the lease is over."""
+        victim = short.worker("-P", "prefork", "-c", "1")
+        result = short.send("late", 7, 30.0)
+        (first,) = until(short.runs, "the start")
+        other = short.worker("-P", "prefork", "-c", "1")
+        until(lambda: "Retry in" in other.output, "the copy's wait")
+        victim.kill()
+        second = until(lambda: short.runs()[1:], "the copy's run", seconds=90)[0]
+        assert second.token > first.token
+        assert result.state != "FAILURE"
+
+    def test_waiting_in_a_busy_worker_does_not_multiply(self, short: Project) -> None:
+        """Messages that wait for the lock lie in a busy worker for longer than the timeout: each runs once, and
+        there are about as many messages as tasks, not twice as many with each second."""
+        short.worker("-P", "prefork", "-c", "1", "--prefetch-multiplier", "20")
+        results = [short.send("early", number, 0.5) for number in range(8)]
+        short.worker("-P", "prefork", "-c", "1", "--prefetch-multiplier", "20")
+        assert sorted(result.get(timeout=120) for result in results) == list(range(8))
+        runs = short.runs("early")
+        assert sorted(run.number for run in runs) == list(range(8)), "each once"
+        assert overlaps(runs) == []
+        published = sum(worker.output.count("Retry in") for worker in short.workers)
+        assert published < 40 * len(results), "several times what it takes with pauses of 0.3 s"
+
+    def test_an_eta_beyond_the_timeout_runs_once(self, short: Project) -> None:
+        """Celery's own multiplication: a message with an eta is delivered to each worker; its body runs once."""
+        for _ in range(2):
+            short.worker("-P", "prefork", "-c", "2")
+        result = short.app.send_task("early", (7,), countdown=4)
+        assert result.get(timeout=60) == 7
+        until_dropped(short, 1)
+        assert len(short.runs("early")) == 1

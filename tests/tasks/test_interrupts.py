@@ -306,7 +306,7 @@ class Struck(Exception):
 
 @pytest.fixture
 def storm() -> Iterator[tuple[list[Striker], list[int]]]:
-    """Two timers, and what they brought. Their handlers raise where `run` is under way, not in the test or each other."""
+    """Two timers, and what they brought. Their handlers raise where `run` is under way, not in the test or another."""
     numbers, calls = (signal.SIGUSR1, signal.SIGALRM), []
 
     def handler(number: int, _frame: FrameType | None) -> None:
