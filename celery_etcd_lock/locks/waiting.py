@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ _PAUSE = 0.2
 
 _LONGEST_PAUSE = 30.0
 """Seconds between two attempts, after a number of them that etcd has refused."""
+
+_LONGEST_DEAFNESS = 0.5
+"""Seconds until the handler of a signal runs that came at the wrong moment."""
 
 
 class Wakeable(Protocol):
@@ -54,7 +58,14 @@ class Bell:
 
     def wait(self, timeout: float) -> None:
         """Until it has rung since the last `wait` or `clear`, for `timeout` seconds at most."""
-        self._silent.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+        if threading.current_thread() is not threading.main_thread():
+            self._silent.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+            return
+        # A signal that comes right before the main thread blocks is noted, but does not end that: so look up from it.
+        until = time.monotonic() + timeout
+        while (left := until - time.monotonic()) > 0:
+            if self._silent.acquire(timeout=min(left, _LONGEST_DEAFNESS)):
+                return
 
 
 class Wakeups:
