@@ -150,15 +150,20 @@ class Settings:
 
     def connect(self) -> Transport:
         """A transport to this etcd; opens no socket yet."""
-        return connect(
-            () if self.client and self.default_endpoints else self.endpoints,
-            timeout=self.timeout,
-            username=self.username,
-            password=self.password,
-            tls=self.use_ssl,
-            transport=self.transport,
-            client=self.client,
-        )
+        return connect(**self.connection)
+
+    @property
+    def connection(self) -> dict[str, Any]:
+        """What `etcd.connect` takes."""
+        return {
+            "endpoints": () if self.client and self.default_endpoints else self.endpoints,
+            "timeout": self.timeout,
+            "username": self.username,
+            "password": self.password,
+            "tls": self.use_ssl,
+            "transport": self.transport,
+            "client": self.client,
+        }
 
 
 @dataclass(frozen=True)

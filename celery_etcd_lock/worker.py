@@ -1,22 +1,33 @@
-"""The worker's side: settings are checked before it takes its first message."""
+"""The worker's side: settings are checked before it takes its first message; its children's deaths are noticed."""
 
 from __future__ import annotations
 
+from multiprocessing.util import Finalize
 from typing import Any
 
 import click
 from celery import bootsteps, signals
 
 from celery_etcd_lock.exceptions import ConfigError
+from celery_etcd_lock.inspection import locks_of_children, locks_of_process, sessions_prefix
+from celery_etcd_lock.orphans import LOOK_EVERY, Orphans
 from celery_etcd_lock.settings import Settings
+from celery_etcd_lock.tasks.errands import Errands
+from celery_etcd_lock.tasks.instance import begin_worker
 
-__all__ = ["CheckSettings"]
+__all__ = ["CheckSettings", "Locks"]
+
+_AT_EXIT = 2.0
+"""Seconds, at most, that a worker's end waits for etcd."""
+
+_LAST = -100
+"""As a finalizer's priority: after the pool's own, which ends the children that there still are."""
 
 
 class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
     """Stops a worker whose settings cannot be meant, with one clean line, before it runs anything."""
 
-    label = "etcd-lock"
+    label = "etcd-lock-settings"
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
@@ -25,16 +36,50 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
             settings.check_here()
         except ConfigError as error:
             raise click.ClickException(str(error)) from error
-        forks = getattr(parent.pool_cls, "__module__", "").endswith("prefork")
-        if forks and any(url.startswith("memory://") for url in settings.endpoints):
+        if _forks(parent) and any(url.startswith("memory://") for url in settings.endpoints):
             raise click.ClickException(
                 "etcd_lock_endpoints is memory://, which the processes of a prefork pool do not share: nothing "
                 "would be locked. Give it a real etcd, or start the worker with -P solo or -P threads"
             )
 
 
+class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
+    """Ends the sessions of children that have died, and tells ``celery inspect stats`` of those that live."""
+
+    name = "etcd_lock"
+    label = "etcd-lock"
+    requires = (CheckSettings, "celery.worker.components:Pool")
+
+    def create(self, parent: Any) -> None:
+        begin_worker()
+
+    def start(self, parent: Any) -> None:
+        settings = Settings.from_app(parent.app)
+        if not settings.enabled or not _forks(parent):
+            return
+        errands = Errands.of(parent.app, forks=True)
+        orphans = Orphans(errands, sessions_prefix(settings), lambda: _processes(parent))
+        errands.watch(orphans.look, every=LOOK_EVERY)
+        # The pool may be joined, terminated, or left to the end of the process, where a cold shutdown is in a hurry.
+        Finalize(None, errands.close, kwargs={"within": _AT_EXIT}, exitpriority=_LAST)
+
+    def info(self, parent: Any) -> dict[str, Any]:  # type: ignore[override,unused-ignore]
+        shown = locks_of_children(parent.app) if _forks(parent) else locks_of_process(parent.app)
+        return {self.name: shown}
+
+
+def _forks(worker: Any) -> bool:
+    """Whether tasks run in children of this process, forked or spawned."""
+    return any(base.__module__ == "celery.concurrency.prefork" for base in worker.pool_cls.__mro__)
+
+
+def _processes(worker: Any) -> list[Any]:
+    pool = getattr(worker.pool, "_pool", None)
+    return getattr(pool, "_pool", None) or []
+
+
 def _add_step(sender: Any = None, **_kwargs: Any) -> None:
-    sender.app.steps["worker"].add(CheckSettings)
+    sender.app.steps["worker"].update({CheckSettings, Locks})
 
 
 # The step raises, not this receiver: signals swallow exceptions.

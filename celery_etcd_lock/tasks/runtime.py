@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import secrets
 import threading
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -22,6 +21,7 @@ from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import Mode
 from celery_etcd_lock.locks.session import Session
 from celery_etcd_lock.settings import Settings
+from celery_etcd_lock.tasks.instance import instance
 from celery_etcd_lock.tasks.leases import Leases
 from celery_etcd_lock.tasks.outage import Outage
 
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from celery_etcd_lock.locks.held import HeldLock
 
 __all__ = ["Runtime"]
-
-# Made before the worker forks, so that its children share it: it names the worker in their sessions' keys.
-INSTANCE = secrets.token_hex(4)
 
 
 class Runtime:
@@ -58,6 +55,11 @@ class Runtime:
                     runtime = _runtimes[app] = cls(app)
         return runtime
 
+    @property
+    def opened(self) -> Session | None:
+        """The session that this process has, if it has one; it may be lost."""
+        return self._session
+
     def session(self) -> Session:
         """The session of this process, opened if there is none or it was lost. `EtcdUnavailable`, `AuthRejected`."""
         session = self._session
@@ -70,7 +72,7 @@ class Runtime:
                 settings = self.settings
                 # Where no session comes of it the transport stays for the next task: it knows of a log-in refused.
                 transport = self._connected()
-                self._session = Session(transport, ttl=settings.ttl, namespace=settings.namespace, instance=INSTANCE)
+                self._session = Session(transport, ttl=settings.ttl, namespace=settings.namespace, instance=instance())
             return self._session
 
     def transport(self) -> Transport:

@@ -5,12 +5,13 @@ Every body writes down when it began and ended, so that overlaps are measured fr
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from celery import Celery, Task
@@ -145,3 +146,22 @@ def sends_itself(self: Any, number: int) -> Any:
 def who() -> int:
     """Which child took the message."""
     return os.getpid()
+
+
+@app.task(base=SingletonTask, bind=True, name="dying", unique_on="key", on_conflict=Conflict.wait(timeout=60))
+def dying(self: Any, number: int, how: str, key: str = "k") -> None:
+    """Ends its own process, inside the critical section."""
+    with noted(self, number):
+        if how == "segfault":
+            ctypes.string_at(0)
+        os._exit(int(how))
+
+
+@app.task(base=SingletonTask, bind=True, name="stubborn", unique_on="key", on_conflict=Conflict.wait(timeout=60))
+def stubborn(self: Any, number: int, seconds: float, key: str = "k") -> None:
+    """Does not let itself be ended but by SIGKILL."""
+    with noted(self, number):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with suppress(BaseException):
+                time.sleep(end - time.monotonic())
