@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from celery_etcd_lock import events as _events
 from celery_etcd_lock import logs as _logs
 from celery_etcd_lock import worker as _worker  # noqa: F401 - workers check the settings when they start
 from celery_etcd_lock.exceptions import (
@@ -37,3 +38,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 _logs.connect()
+_events.connect()

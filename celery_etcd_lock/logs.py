@@ -11,19 +11,11 @@ from typing import Any
 
 from celery_etcd_lock import signals
 
-__all__ = ["LONG_WAIT", "connect", "said_once"]
+__all__ = ["connect"]
 
 logger = logging.getLogger("celery_etcd_lock")
 
-LONG_WAIT = 300.0
-"""Seconds. A message that has waited for longer is mentioned, once."""
-
 _WOULD = {"retry": "be put back", "skip": "be skipped", "wait": "wait", "fail": "fail"}
-
-
-def said_once(before: float, now: float) -> bool:
-    """Whether a wait that was `before` seconds long when last looked at, and is `now`, has become a long one."""
-    return before < LONG_WAIT <= now
 
 
 def connect() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import click
 from celery import bootsteps, signals
 
+from celery_etcd_lock import events
 from celery_etcd_lock.exceptions import ConfigError
 from celery_etcd_lock.inspection import locks_of_children, locks_of_process, sessions_prefix
 from celery_etcd_lock.orphans import LOOK_EVERY, Orphans
 from celery_etcd_lock.settings import Settings
+from celery_etcd_lock.tasks import instance
 from celery_etcd_lock.tasks.errands import Errands
-from celery_etcd_lock.tasks.instance import begin_worker
 
 __all__ = ["CheckSettings", "Locks"]
 
@@ -51,7 +52,8 @@ class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
     requires = (CheckSettings, "celery.worker.components:Pool")
 
     def create(self, parent: Any) -> None:
-        begin_worker()
+        instance.begin_worker()
+        events.begin_worker(parent.hostname, on=bool(parent.task_events))
 
     def start(self, parent: Any) -> None:
         settings = Settings.from_app(parent.app)

@@ -80,7 +80,8 @@ class Session:
 
     `ttl` is in seconds: how long a process that dies keeps what it holds. etcd may grant more (its minimum is 2
     by default): `ttl` tells what it granted. Use `open` to make one; it raises `EtcdUnavailable` if no etcd
-    answers. A forked child has a copy that holds nothing: it neither renews, nor releases, nor vouches.
+    answers. A forked child has a copy that holds nothing: it neither renews, nor releases, nor vouches. `on_lost` is
+    called with the reason, once, in whatever thread finds out, unless it was closed before.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Session:
         instance: str | None = None,
         clock: Callable[[], float] = boottime,
         background: bool = True,
+        on_lost: Callable[[str], None] | None = None,
     ) -> None:
         self.transport = transport
         self.pid = os.getpid()
@@ -105,6 +107,7 @@ class Session:
         self._lost = threading.Event()
         self._reason = ""
         self._closed = False
+        self._on_lost = on_lost
         self._owns_transport = False
         self._failing = False
         self._hurried = False
@@ -241,6 +244,8 @@ class Session:
             self._changed.notify_all()
         self.contenders.lose_all(reason)
         self.wakeups.wake_all()
+        if self._on_lost is not None:
+            self._on_lost(reason)
 
     def lease_gone(self) -> None:
         """etcd said that there is no such lease: lost, now."""
@@ -409,6 +414,7 @@ class Session:
         # A session that was lost may live on in etcd. Where somebody still works under a lock of it, that keeps the
         # others out for a while longer.
         leave = lost and not self.contenders.idle
+        self._on_lost = None  # that it is closed is no news
         self._lose("the session was closed")
         self._closed = True
         if not leave:

@@ -32,8 +32,9 @@ from celery_etcd_lock.tasks.copies import Copies, Verdict
 from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
 from celery_etcd_lock.tasks.interrupts import allowed, deferred
 from celery_etcd_lock.tasks.message import Waits, forget_waits, options_in
-from celery_etcd_lock.tasks.options import behaviour, mode_name
+from celery_etcd_lock.tasks.options import behaviour
 from celery_etcd_lock.tasks.putback import countdown_ceiling, put_back
+from celery_etcd_lock.tasks.reports import Reports
 from celery_etcd_lock.tasks.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ class _Turn:
         self.name = name
         self.body = body
         self.runtime = Runtime.of(task.app)
+        self.now = time.time()
         self.waits = Waits.of(request)
+        self.waited = self.waits.waited(self.now)
+        """Seconds, since its first contention."""
         self.holds = behaviour(task, self.runtime.settings, options_in(request.headers))
+        self.reports = Reports(task, self.id, self.waits, self.waited)
         self.ceiling = countdown_ceiling(task.app)
         self.copies = Copies(self.runtime, task, request, self.ceiling)
-        self.since = 0.0
-        """When the lock was taken, by the monotonic clock."""
 
     def run(self) -> Any:
         if self.runtime.settings.enabled == "observe":
@@ -98,7 +101,7 @@ class _Turn:
             # Its place in the queue, not etcd: whoever else holds the lock still does.
             if self.request.is_eager:
                 raise
-            raise self.put_back(self.waits.unavailable(), error, self.pause()) from None
+            raise self.put_back(self.waits.unavailable(self.now), error, self.pause()) from None
         except EtcdLockError as error:
             return self.unavailable(error)
         return self.hold(held)
@@ -112,8 +115,9 @@ class _Turn:
             action = self.decide(contended)
             if not isinstance(action, conflict.WaitInPlace):
                 raise
-            self.say_contended(contended, "wait", action.timeout)
-            return self.acquire(blocking=True, timeout=action.timeout)
+            self.reports.contended(contended, "wait", action.timeout)
+            with self.reports.waiting(contended, action.timeout):
+                return self.acquire(blocking=True, timeout=action.timeout)
 
     def acquire(self, *, blocking: bool, timeout: float | None = None) -> HeldLock:
         describe: dict[str, str | int] = {
@@ -121,14 +125,20 @@ class _Turn:
             "task_id": self.id,
             "retries": self.request.retries or 0,
         }
-        held = self.runtime.acquire(self.name, self.task._mode, blocking=blocking, timeout=timeout, describe=describe)
-        self.since = time.monotonic()
-        return held
+        return self.runtime.acquire(
+            self.name,
+            self.task._mode,
+            blocking=blocking,
+            timeout=timeout,
+            describe=describe,
+            at_least_for=self.holds.at_least_for,
+            waiting=allowed,
+        )
 
     def decide(self, contended: LockContended) -> conflict.Action:
         return self.holds.on_conflict.decide(
             waits=self.waits.count,
-            waited=self.waits.seconds,
+            waited=self.waited,
             same_task=bool(self.id) and contended.task_id == self.id,
             timed_out=isinstance(contended, LockTimeout),
             ceiling=self.ceiling,
@@ -151,7 +161,7 @@ class _Turn:
             raise Ignore
         if judged == "again":
             pause = conflict.Retry(max_wait=None).pause(self.waits.count, 0.0, self.ceiling, random.random)
-            raise self.put_back(self.waits.contended(), reason, pause)
+            raise self.put_back(self.waits.contended(self.now), reason, pause)
 
     # -- have it
 
@@ -168,7 +178,7 @@ class _Turn:
                     held.expire_after(
                         at_most, grace=_GRACE, reason=f"held for longer than lock_at_most_for={at_most} s"
                     )
-                self.say_acquired(held)
+                self.reports.acquired(held, on_lost)
                 result = _interruptible(self.body) if on_lost == "warn" else _abortable(held, self.body)
                 also = self.copies.ending(held.session)
             except Retry:
@@ -193,16 +203,11 @@ class _Turn:
             outcome = held.release(also)
         if outcome != "lost":
             self.copies.released(self.request)
-        lasted = time.monotonic() - self.since
-        if outcome != "lost":
-            answered = outcome == "released"
-            record = signals.ReleasedRecord(self.task.name, self.id, held.name, lasted, answered)
-            signals.lock_released.send(self.task, record=record)
+            self.reports.released(held, answered=outcome == "released")
             return ""
-        reason = f"{held.name}: {why or 'its key was deleted'}"
-        lost = signals.LostRecord(self.task.name, self.id, held.name, reason, lasted, self.holds.on_lost)
-        signals.lock_lost.send(self.task, record=lost)
-        return reason
+        why = why or "its key was deleted"
+        self.reports.lost(held, why, self.holds.on_lost)
+        return f"{held.name}: {why}"
 
     # -- do without it
 
@@ -215,9 +220,9 @@ class _Turn:
                 return self.unavailable(error)
         action = self.decide(contended)
         outcome = self.outcome(action)
-        self.say_contended(contended, outcome, action.countdown if isinstance(action, conflict.PutBack) else 0.0)
+        self.reports.contended(contended, outcome, action.countdown if isinstance(action, conflict.PutBack) else 0.0)
         if isinstance(action, conflict.PutBack) and outcome == "retry":
-            raise self.put_back(self.waits.contended(), contended, action.countdown)
+            raise self.put_back(self.waits.contended(self.now), contended, action.countdown)
         if isinstance(action, conflict.SkipRun) and outcome == "skip":
             return action.result
         raise contended
@@ -246,7 +251,7 @@ class _Turn:
         if consequence == "fail":
             raise error
         reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
-        raise self.put_back(self.waits.unavailable(), reason, self.pause())
+        raise self.put_back(self.waits.unavailable(self.now), reason, self.pause())
 
     def put_back(self, waits: Waits, reason: Exception, countdown: float = 0.0) -> Retry:
         """Send the message again; returns what to raise."""
@@ -267,35 +272,17 @@ class _Turn:
             set_lock(self.request, held)
         except LockContended as contended:
             set_lock(self.request, Unlocked(self.name))
-            self.say_contended(contended, "observed", would=self.outcome(self.decide(contended)))
+            self.reports.contended(contended, "observed", would=self.outcome(self.decide(contended)))
         except EtcdLockError as error:
             set_lock(self.request, Unlocked(self.name))
             logger.warning("etcd_lock.observed: %s[%s] would not lock: %s", self.task.name, self.id, error)
         try:
             if held is not None:
-                self.say_acquired(held)
+                self.reports.acquired(held, self.holds.on_lost)
             return _interruptible(self.body)
         finally:
             if held is not None:
                 self.give_back(held)
-
-    # -- say it
-
-    def say_acquired(self, held: HeldLock) -> None:
-        record = signals.AcquiredRecord(
-            self.task.name, self.id, held.name, mode_name(self.task._mode), held.fencing_token,
-            self.waits.count, self.waits.seconds,
-        )  # fmt: skip
-        signals.lock_acquired.send(self.task, record=record)
-
-    def say_contended(
-        self, contended: LockContended, outcome: signals.Outcome, pause: float = 0.0, would: str = ""
-    ) -> None:
-        record = signals.ContendedRecord(
-            self.task.name, self.id, contended.key, contended.holder, contended.since, outcome,
-            self.waits.count, self.waits.seconds, pause, would,
-        )  # fmt: skip
-        signals.lock_contended.send(self.task, record=record)
 
 
 def _interruptible(body: Callable[[], Any]) -> Any:

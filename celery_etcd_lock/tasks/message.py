@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -32,9 +31,9 @@ class Waits:
     count: int = 0
     """How often it was put back because somebody else held the lock."""
     seconds: float = 0.0
-    """How long it has waited for the lock since then; waiting for etcd itself is not counted."""
+    """How long it had waited for the lock when it was put back; waiting for etcd itself is not counted."""
     at: float = 0.0
-    """When it was last put back because of a holder (Unix time), 0 if it last was because of etcd."""
+    """When that was (Unix time); 0 if it was because of etcd."""
     outages: int = 0
     """How often in a row it was put back because etcd did not answer."""
     times: int = 0
@@ -45,18 +44,22 @@ class Waits:
         """As the message says; nothing, if it says nothing or nonsense."""
         header = _header(request.headers)
         try:
-            at = float(header.get("at", 0))
-            seconds = float(header.get("seconds", 0)) + (max(0.0, time.time() - at) if at else 0.0)
-            outages, times = int(header.get("outages", 0)), int(header.get("times", 0))
-            return cls(int(header.get("count", 0)), seconds, at, outages, times)
+            count, outages, times = (int(header.get(name, 0)) for name in ("count", "outages", "times"))
+            return cls(count, float(header.get("seconds", 0)), float(header.get("at", 0)), outages, times)
         except (TypeError, ValueError):
             return cls()
 
-    def contended(self) -> Waits:
-        return replace(self, count=self.count + 1, at=time.time(), outages=0, times=self.times + 1)
+    def waited(self, now: float) -> float:
+        """For how many seconds it has waited at `now` (Unix time)."""
+        return self.seconds + (max(0.0, now - self.at) if self.at else 0.0)
 
-    def unavailable(self) -> Waits:
-        return replace(self, at=0.0, outages=self.outages + 1, times=self.times + 1)
+    def contended(self, now: float) -> Waits:
+        """Put back at `now`, because somebody else holds the lock."""
+        return replace(self, count=self.count + 1, seconds=self.waited(now), at=now, outages=0, times=self.times + 1)
+
+    def unavailable(self, now: float) -> Waits:
+        """Put back at `now`, because etcd does not answer."""
+        return replace(self, seconds=self.waited(now), at=0.0, outages=self.outages + 1, times=self.times + 1)
 
     def lost(self) -> Waits:
         """It had the lock, and is to begin anew."""

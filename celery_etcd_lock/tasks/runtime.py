@@ -11,10 +11,11 @@ import atexit
 import os
 import threading
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
-from celery import signals
+from celery import signals as celery_signals
 
+from celery_etcd_lock import signals
 from celery_etcd_lock.etcd import Transport
 from celery_etcd_lock.exceptions import LockLost
 from celery_etcd_lock.locks.acquire import acquire
@@ -37,6 +38,7 @@ class Runtime:
     """What a process needs to lock for one app. Get it by `of`."""
 
     def __init__(self, app: Celery) -> None:
+        self._app = ref(app)
         self.settings = Settings.from_app(app)
         self.outage = Outage(self.settings)
         self.leases = Leases()
@@ -66,14 +68,26 @@ class Runtime:
         if session is not None and not session.lost:
             return session
         with self._opening:
-            if self._session is None or self._session.lost:
-                if self._session is not None:
-                    self.close()
-                settings = self.settings
-                # Where no session comes of it the transport stays for the next task: it knows of a log-in refused.
-                transport = self._connected()
-                self._session = Session(transport, ttl=settings.ttl, namespace=settings.namespace, instance=instance())
-            return self._session
+            if self._session is not None:
+                if not self._session.lost:
+                    return self._session
+                self.close()
+            session = self._session = self._open()
+        record = signals.SessionOpenedRecord(session.key, session.lease, session.ttl)
+        signals.session_opened.send(self._app(), record=record)
+        return session
+
+    def _open(self) -> Session:
+        # Where no session comes of it the transport stays for the next task: it knows of a log-in refused.
+        transport, settings = self._connected(), self.settings
+
+        def say_lost(reason: str) -> None:
+            signals.session_lost.send(self._app(), record=signals.SessionLostRecord(session.key, session.lease, reason))
+
+        session = Session(
+            transport, ttl=settings.ttl, namespace=settings.namespace, instance=instance(), on_lost=say_lost
+        )
+        return session
 
     def transport(self) -> Transport:
         """A transport of this process to the app's etcd, without a session: for those who only publish."""
@@ -125,6 +139,6 @@ def close_all(**_kwargs: Any) -> None:
 
 os.register_at_fork(after_in_child=_forget_after_fork)
 # A prefork child ends by os._exit, without atexit; other processes do not get the signal.
-signals.worker_process_shutdown.connect(close_all, weak=False)
-signals.worker_shutdown.connect(close_all, weak=False)
+celery_signals.worker_process_shutdown.connect(close_all, weak=False)
+celery_signals.worker_shutdown.connect(close_all, weak=False)
 atexit.register(close_all)
