@@ -79,7 +79,7 @@ class _Turn:
         self.waits = Waits.of(request)
         self.waited = self.waits.waited(self.now)
         """Seconds, since its first contention."""
-        self.holds = behaviour(task, self.runtime.settings, options_in(request.headers))
+        self.holds = behaviour(task, self.runtime.settings, options_in(request))
         self.reports = Reports(task, self.id, self.waits, self.waited)
         self.ceiling = countdown_ceiling(task.app)
         self.copies = Copies(self.runtime, task, request, self.ceiling)

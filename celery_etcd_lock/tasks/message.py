@@ -42,7 +42,7 @@ class Waits:
     @classmethod
     def of(cls, request: Context) -> Waits:
         """As the message says; nothing, if it says nothing or nonsense."""
-        header = _header(request.headers)
+        header = _header_of(request)
         try:
             count, outages, times = (int(header.get(name, 0)) for name in ("count", "outages", "times"))
             return cls(count, float(header.get("seconds", 0)), float(header.get("at", 0)), outages, times)
@@ -71,33 +71,31 @@ class Waits:
 
 def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`headers` for publishing `task_id` with these options for the call, over those that are in there already."""
-    header = _header(headers)
-    if header.get("of") != task_id:
-        header = {key: value for key, value in header.items() if key not in _NOT_OPTIONS}
+    header = _header(headers, task_id)
+    if "of" not in header:
         header |= {"of": task_id, "nonce": secrets.token_hex(6)}
     return {**(headers or {}), HEADER: {**header, **options}}
 
 
-def options_in(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+def options_in(request: Context) -> dict[str, Any]:
     """The options for this call, as they were written."""
-    return {key: value for key, value in _header(headers).items() if key not in _NOT_OPTIONS}
+    return {key: value for key, value in _header_of(request).items() if key not in _NOT_OPTIONS}
 
 
 def nonce_of(request: Context) -> str:
     """Which publication of its id the message is a copy of; ``""`` if its publisher did not say."""
-    header = _header(request.headers)
-    return str(header.get("nonce", "")) if header.get("of") == str(request.id) else ""
+    return str(_header_of(request).get("nonce", ""))
 
 
 def was_redelivered(request: Context) -> bool:
     """Whether the broker has delivered this message before, or one of which this is a copy that was put back."""
     redelivered = (request.delivery_info or {}).get("redelivered")
-    return bool(redelivered) or bool(_header(request.headers).get("again"))
+    return bool(redelivered) or bool(_header_of(request).get("again"))
 
 
 def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[str, Any]:
     """The headers with which the message of `request` is put back. `again`: there may be copies of it."""
-    header = {**_header(request.headers), **asdict(waits)}
+    header = {"of": str(request.id), **_header_of(request), **asdict(waits)}
     if again:
         header["again"] = True
     return {**(request.headers or {}), HEADER: header}
@@ -108,10 +106,17 @@ def forget_waits(request: Context) -> None:
     headers = request.headers or {}
     if HEADER in headers:
         forgotten = {each.name for each in fields(Waits)} - {"times"} | {"again"}
-        mine = {key: value for key, value in _header(headers).items() if key not in forgotten}
+        mine = {key: value for key, value in _header_of(request).items() if key not in forgotten}
         request.headers = {**headers, HEADER: mine}
 
 
-def _header(headers: Mapping[str, Any] | None) -> dict[str, Any]:
+def _header_of(request: Context) -> dict[str, Any]:
+    return _header(request.headers, str(request.id))
+
+
+def _header(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any]:
+    """Empty where there is none, or one that somebody's body has handed on to another task."""
     header = (headers or {}).get(HEADER)
-    return dict(header) if isinstance(header, Mapping) else {}
+    if not isinstance(header, Mapping) or header.get("of", task_id) != task_id:
+        return {}
+    return dict(header)
