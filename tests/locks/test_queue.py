@@ -12,14 +12,24 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from celery_etcd_lock.etcd.api import Delete, KeyValue, Put, Range, RangeReply, Txn, prefix_end
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
 from celery_etcd_lock.exceptions import ConfigError, LockContended, LockLost
 from celery_etcd_lock.locks import HeldLock, Session
 from celery_etcd_lock.locks.acquire import acquire
-from celery_etcd_lock.locks.queue import EXCLUSIVE, SHARED, Mode, blamed, keeping_out, kind_of, slot_of, value_of
+from celery_etcd_lock.locks.queue import (
+    EXCLUSIVE,
+    SHARED,
+    Mode,
+    anybody_waits,
+    blamed,
+    keeping_out,
+    kind_of,
+    slot_of,
+    value_of,
+)
 
 NAME = "/a"
 
@@ -32,6 +42,7 @@ class Asked:
     limit: int = 0
     task_id: str = ""
     foreign: bool = False
+    sibling: bool = False
 
     @property
     def mode(self) -> Mode:
@@ -50,9 +61,9 @@ def may_go_in(asked: Asked, ahead: list[Asked]) -> bool:
 
 task_ids = st.sampled_from(["", "", "", "t1", "t2"])
 askers = st.one_of(
-    st.builds(Asked, st.just("write"), task_id=task_ids),
-    st.builds(Asked, st.just("read"), task_id=task_ids),
-    st.builds(Asked, st.just("slot"), st.integers(1, 4), task_id=task_ids),
+    st.builds(Asked, st.just("write"), task_id=task_ids, sibling=st.booleans()),
+    st.builds(Asked, st.just("read"), task_id=task_ids, sibling=st.booleans()),
+    st.builds(Asked, st.just("slot"), st.integers(1, 4), task_id=task_ids, sibling=st.booleans()),
     st.just(Asked("write", foreign=True)),
 )
 
@@ -61,16 +72,18 @@ def key_of(asked: Asked, number: int) -> str:
     return f"{NAME}/{number:x}" if asked.foreign else f"{NAME}/{asked.kind}/{number:x}"
 
 
-def put_of(asked: Asked, number: int) -> Put:
+def puts_of(asked: Asked, number: int) -> list[Put]:
+    """Its key, and that of its sibling."""
     who = {"task": "t", "task_id": asked.task_id} if asked.task_id else None
     value = b"" if asked.foreign else value_of(host="h", pid=1, since="", nonce=str(number), extra=who)
-    return Put(key_of(asked, number), value)
+    return [Put(key_of(asked, number) + which, value) for which in ("", "-1")[: 1 + asked.sibling]]
 
 
 def queued(contenders: list[Asked]) -> list[KeyValue]:
     return [
         KeyValue(put.key, put.value, number, number, 1)
-        for number, put in ((number, put_of(asked, number)) for number, asked in enumerate(contenders, 1))
+        for number, asked in enumerate(contenders, 1)
+        for put in puts_of(asked, number)
     ]
 
 
@@ -92,9 +105,9 @@ class TestRule:
         """Whoever else leaves, there is no need to look: whom it watches is enough."""
         found = queued(ahead)
         watched = keeping_out(asked.mode, NAME, found, asked.task_id)
-        left = [i for i, kv in enumerate(found) if kv in watched or data.draw(st.booleans())]
+        left = {kv.create_revision for kv in found if kv in watched or data.draw(st.booleans())}
         if watched:
-            assert not may_go_in(asked, [ahead[i] for i in left])
+            assert not may_go_in(asked, [each for number, each in enumerate(ahead, 1) if number in left])
         assert len(watched) <= max(1, asked.limit)
 
     @given(st.lists(askers, max_size=9), askers, st.lists(askers, max_size=3))
@@ -109,7 +122,7 @@ class TestRule:
             return [kv for reply in replies if isinstance(reply, RangeReply) for kv in reply.kvs]
 
         for index, each in enumerate(ahead, 1):
-            store.txn(Txn([], [put_of(each, index)]))
+            store.txn(Txn([], puts_of(each, index)))
         expected = may_go_in(asked, ahead)
         tried = ask(mode.first(NAME, asked.task_id))
         assert (not keeping_out(mode, NAME, tried, asked.task_id)) is expected
@@ -125,12 +138,12 @@ class TestRule:
         else:
             assert free is may_go_in(Asked(asked.kind), [Asked(each.kind, foreign=each.foreign) for each in ahead])
 
-        created = store.txn(Txn([], [put_of(asked, number)])).header.revision
+        created = store.txn(Txn([], puts_of(asked, number))).header.revision
         for self_known in (0, created):
             if self_known:
                 for index, each in enumerate(behind, number + 1):
-                    store.txn(Txn([], [put_of(each, index)]))
-            ranges = mode.ahead(NAME, self_known, asked.task_id)
+                    store.txn(Txn([], puts_of(each, index)))
+            ranges = mode.ahead(NAME, self_known, asked.task_id, 1 + asked.sibling)
             found = [kv for kv in ask(ranges) if kv.create_revision < created]
             assert (not keeping_out(mode, NAME, found, asked.task_id)) is expected
 
@@ -138,13 +151,29 @@ class TestRule:
         """Behind 500 waiters a look brings back one key, or two for each slot; no values without a task."""
         store = MemoryEtcd()
         for number in range(1, 501):
-            store.txn(Txn([], [put_of(Asked("slot", 4), number)]))
+            store.txn(Txn([], puts_of(Asked("slot", 4), number)))
         created = store.revision + 1
         for mode, most in ((EXCLUSIVE, 1), (SHARED, 1), (slot_of(4), 8)):
             replies = [store.range(each) for each in mode.ahead(NAME, created, "")]
             kvs = [kv for reply in replies for kv in reply.kvs]
             assert len(kvs) == most
             assert not any(kv.value for kv in kvs)
+
+    @given(st.sampled_from([EXCLUSIVE, SHARED, slot_of(1), slot_of(3)]), st.lists(st.tuples(*[st.booleans()] * 2)))
+    @settings(deadline=None)
+    def test_whether_anybody_waits(self, mode: Mode, comers: list[tuple[bool, bool]]) -> None:
+        """Of contenders of one mode and exclusive ones somebody is kept out, exactly if the model keeps one out."""
+        store = MemoryEtcd()
+        queue = [
+            Asked("write" if alone else mode.kind, mode.limit, foreign=alone, sibling=sibling)
+            for alone, sibling in comers
+        ]
+        for number, asked in enumerate(queue, 1):
+            store.txn(Txn([], puts_of(asked, number)))
+        found = [kv for asked_for in mode.line(NAME) for kv in store.range(asked_for).kvs]
+        out = [asked for place, asked in enumerate(queue) if not may_go_in(asked, queue[:place])]
+        assert anybody_waits(mode, NAME, found) is bool(out)
+        assert len(found) <= 1 + 3 * max(2, mode.limit)
 
     @pytest.mark.parametrize(
         ("key", "kind"),
@@ -185,6 +214,8 @@ class Actor:
     key: str = ""
     held: HeldLock | None = None
     error: Exception | None = None
+    ghost: bool = False
+    """Only its sibling is left."""
     done: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -218,7 +249,7 @@ class Histories(RuleBasedStateMachine):
         return [
             actor
             for place, actor in enumerate(self.queue)
-            if not (actor.asked.foreign or actor.session.lost)
+            if not (actor.asked.foreign or actor.session.lost or actor.ghost)
             and may_go_in(actor.asked, [each.asked for each in self.queue[:place]])
         ]
 
@@ -240,7 +271,8 @@ class Histories(RuleBasedStateMachine):
 
         def come() -> None:
             try:
-                held = acquire(session, NAME, asked.mode, describe=describe(asked))
+                stays = 6000 if asked.sibling else 0
+                held = acquire(session, NAME, asked.mode, describe=describe(asked), at_least_for=stays)
                 with self.entering:
                     others = [each for each in self.queue if each.inside]
                     actor.held = held
@@ -254,9 +286,10 @@ class Histories(RuleBasedStateMachine):
         self.queue.append(actor)
         threading.Thread(target=come, daemon=True).start()
         until(lambda: self.store.revision > before, lambda: f"{actor} did not join: {actor.error}")
-        actor.key = list(self.keys())[-1]
         # It is in, or it has set itself to wait.
-        contender = session.contenders._by_key[actor.key]
+        own = (session.contenders._by_key[key] for key, number in self.keys().items() if number == actor.number)
+        (contender,) = (each for each in own if each.of is None)
+        actor.key = contender.key
         until(lambda: actor.done.is_set() or contender.on_lost, lambda: f"{actor} neither waits nor goes in")
         return actor
 
@@ -278,6 +311,7 @@ class Histories(RuleBasedStateMachine):
         """A try gets in exactly if the model says so, and is out again; else it leaves no trace."""
         revision = self.store.revision
         admitted = may_go_in(asked, [each.asked for each in self.queue])
+        asked = replace(asked, sibling=False)
         twin = asked.kind == "read" and asked.task_id in {each.asked.task_id for each in self.queue}
         try:
             held = acquire(self.sessions[session], NAME, asked.mode, blocking=False, describe=describe(asked))
@@ -293,12 +327,15 @@ class Histories(RuleBasedStateMachine):
         """A holder releases; of a waiter, the key is deleted by hand, and it must not go in any more."""
         if actor not in self.queue:
             return
+        place = self.queue.index(actor)
+        if actor.ghost:
+            return
         self.queue.remove(actor)
         if actor.asked.foreign:
             self.store.txn(Txn([], [Delete(actor.key)]))
         elif actor.held is not None:
-            lost = actor.session.lost
-            assert actor.held.release() == ("lost" if lost else "released")
+            assert actor.held.release() == ("lost" if actor.session.lost else "released")
+            self.leave_ghosts([actor], at=place)
         else:
             self.store.txn(Txn([], [Delete(actor.key)]))
             for contender in actor.session.contenders.existing():
@@ -307,17 +344,41 @@ class Histories(RuleBasedStateMachine):
             assert actor.done.wait(20)
             assert isinstance(actor.error, LockLost)
 
+    def leave_ghosts(self, actors: list[Actor], at: int | None = None) -> None:
+        """Of `actors`, who held their locks and are gone, the siblings stay, in their places."""
+        for actor in actors:
+            if actor.held is not None and actor.asked.sibling:
+                actor.ghost = True
+                if at is not None:
+                    self.queue.insert(at, actor)
+
+    @precondition(lambda self: any(actor.ghost for actor in self.queue))
+    @rule(data=st.data())
+    def time_is_over(self, data: st.DataObject) -> None:
+        """The lease of a sibling that was left ends."""
+        ghost = data.draw(st.sampled_from([actor for actor in self.queue if actor.ghost]))
+        assert ghost.held is not None
+        (left,) = [kv for kv in self.kvs() if kv.create_revision == ghost.held.compare().operand]
+        self.store.lease_revoke(left.lease)
+        self.queue.remove(ghost)
+
+    def kvs(self) -> tuple[KeyValue, ...]:
+        return self.store.range(Range(NAME + "/", prefix_end(NAME + "/"), sort="create")).kvs
+
     def keys(self) -> dict[str, int]:
         """Which key is whose: create revisions are in the order of the queue."""
-        kvs = self.store.range(Range(NAME + "/", prefix_end(NAME + "/"), sort="create")).kvs
-        assert len(kvs) == len(self.queue), (kvs, self.queue)
-        return {kv.key: actor.number for kv, actor in zip(kvs, self.queue, strict=True)}
+        kvs = self.kvs()
+        revisions = sorted({kv.create_revision for kv in kvs})
+        assert len(revisions) == len(self.queue), (kvs, self.queue)
+        whose = {revision: actor.number for revision, actor in zip(revisions, self.queue, strict=True)}
+        assert len(kvs) == sum(1 + (actor.asked.sibling and not actor.ghost) for actor in self.queue), (kvs, self.queue)
+        return {kv.key: whose[kv.create_revision] for kv in kvs}
 
     @rule(index=st.integers(0, 3), expires=st.booleans())
     def lose_session(self, index: int, expires: bool) -> None:
         """A session ends: closed, or lost first and gone from etcd a while later. Its waiters leave at once."""
         session, self.sessions[index] = self.sessions[index], self.open()
-        mine = [actor for actor in self.queue if actor.session is session and not actor.asked.foreign]
+        mine = [each for each in self.queue if each.session is session and not (each.asked.foreign or each.ghost)]
         if expires:
             session._lose("staged")
         else:
@@ -332,7 +393,8 @@ class Histories(RuleBasedStateMachine):
             self.queue = [actor for actor in self.queue if actor not in mine or actor.held is not None]
             self.settle()  # what it held is taken until the lease is over
             session.transport.lease_revoke(session.lease)
-        self.queue = [actor for actor in self.queue if actor not in mine]
+        self.leave_ghosts(mine)
+        self.queue = [actor for actor in self.queue if actor.ghost or actor not in mine]
 
     @invariant()
     def those_are_in_whom_the_model_lets_in(self) -> None:
@@ -346,10 +408,11 @@ class Histories(RuleBasedStateMachine):
 
 
 def waiting(store: MemoryEtcd, actors: list[Actor]) -> int:
-    keys = {kv.key for kv in store.range(Range(NAME + "/", prefix_end(NAME + "/"))).kvs}
-    held = {actor.held.key for actor in actors if actor.held is not None}
-    leases = {f"{actor.session.lease:x}" for actor in actors}
-    return len([key for key in keys - held if key.rpartition("/")[2].partition("-")[0] in leases])
+    """How many of the keys of `actors`, who are of one session, are there and not of those that hold the lock."""
+    kvs = store.range(Range(NAME + "/", prefix_end(NAME + "/"))).kvs
+    held = {actor.held.compare().operand for actor in actors if actor.held is not None}
+    leases = {actor.session.lease for actor in actors}
+    return len([kv for kv in kvs if kv.lease in leases and kv.create_revision not in held])
 
 
 def conflict(one: Actor, other: Actor) -> bool:
