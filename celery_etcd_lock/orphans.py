@@ -13,9 +13,12 @@ is without it.
 from __future__ import annotations
 
 import calendar
+import contextlib
 import json
 import logging
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +34,9 @@ __all__ = ["LOOK_EVERY", "Orphans", "pid_of"]
 logger = logging.getLogger("celery_etcd_lock")
 
 LOOK_EVERY = 0.25
+"""Seconds."""
+
+_DIES_WITHIN = 1.0
 """Seconds."""
 
 _MARGIN = 3
@@ -82,6 +88,22 @@ class Orphans:
         if gone:
             self._errands.later(lambda transport: self._end_sessions(transport, gone))
         return unborn
+
+    def end_with_parent(self) -> None:
+        """This process ends: kill the children that it could not end. The kernel would, later, where nobody sees it.
+
+        Celery has its children killed so where there is such a thing, on Linux. Elsewhere they live on, and hold on to
+        what they hold.
+        """
+        if sys.platform != "linux":
+            return
+        living = [child for child in list(self._children.values()) if not _is_dead(child)]
+        for child in living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _DIES_WITHIN
+        while time.monotonic() < deadline and not all(map(_is_dead, living)):
+            time.sleep(0.01)
 
     def _end_sessions(self, transport: Transport, gone: list[_Child]) -> None:
         sessions = transport.range(Range(self._prefix, prefix_end(self._prefix))).kvs

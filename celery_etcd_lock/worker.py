@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from multiprocessing.util import Finalize
+import atexit
+import contextlib
+import multiprocessing.util
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -20,9 +26,6 @@ __all__ = ["CheckSettings", "Locks"]
 
 _AT_EXIT = 2.0
 """Seconds, at most, that a worker's end waits for etcd."""
-
-_LAST = -100
-"""As a finalizer's priority: after the pool's own, which ends the children that there still are."""
 
 
 class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
@@ -62,12 +65,32 @@ class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
         errands = Errands.of(parent.app, forks=True)
         orphans = Orphans(errands, sessions_prefix(settings), lambda: _processes(parent))
         errands.watch(orphans.look, every=LOOK_EVERY)
-        # The pool may be joined, terminated, or left to the end of the process, where a cold shutdown is in a hurry.
-        Finalize(None, errands.close, kwargs={"within": _AT_EXIT}, exitpriority=_LAST)
+        _at_the_very_end(partial(_finish, orphans, errands, os.getpid()))
 
     def info(self, parent: Any) -> dict[str, Any]:  # type: ignore[override,unused-ignore]
         shown = locks_of_children(parent.app) if _forks(parent) else locks_of_process(parent.app)
         return {self.name: shown}
+
+
+def _finish(orphans: Orphans, errands: Errands, pid: int) -> None:
+    if os.getpid() != pid:
+        return  # somebody's fork that ends as Python programs do
+    for name in ("SIGINT", "SIGTERM", "SIGQUIT"):  # whoever cannot wait any longer need not: this is bounded
+        with contextlib.suppress(ValueError, OSError):  # not in the main thread
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    orphans.end_with_parent()
+    errands.close(within=_AT_EXIT)
+
+
+def _at_the_very_end(finish: Callable[[], None]) -> None:
+    """Have `finish` called when the pool's own finalizers have waited for its children, or were kept from that.
+
+    They hang on one function of multiprocessing's, and what is registered first is called last.
+    """
+    finalizers: Any = vars(multiprocessing.util)["_exit_function"]
+    atexit.unregister(finalizers)
+    atexit.register(finish)
+    atexit.register(finalizers)
 
 
 def _forks(worker: Any) -> bool:

@@ -6,6 +6,7 @@ pickle through a pipe; it ends when that is closed, by `Apart.close` or the end 
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -121,7 +122,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            pipe.close()
+            with contextlib.suppress(OSError):  # what it was still to be told
+                pipe.close()
 
 
 def serve() -> None:

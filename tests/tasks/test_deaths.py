@@ -7,21 +7,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from importlib.metadata import version
 
 import psutil
 import pytest
 
-from celery_etcd_lock.etcd import connect
-from celery_etcd_lock.etcd.api import KeyValue, Range, prefix_end
 from celery_etcd_lock.testing import EtcdServer
+from tests.holding import AT_ONCE, hold, runs_of, under
 from tests.servers import RedisServer
-from tests.workers import Project, Run, project, until
+from tests.workers import Project, project, until
 
 NewProject = Callable[..., Project]
-
-AT_ONCE = 12
-"""Seconds: nominally 3, and several times that on a machine that is busy; far below the TTL of 30."""
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +26,6 @@ def working(redis: RedisServer, etcd: EtcdServer, tmp_path_factory: pytest.TempP
     with project(redis.url, etcd.url, tmp_path_factory.mktemp("deaths"), etcd_lock_ttl=30) as opened:
         opened.worker("-P", "prefork", "-c", "2")
         yield opened
-
-
-def under(opened: Project, prefix: str) -> tuple[KeyValue, ...]:
-    """The keys that the project has in etcd under `prefix`."""
-    transport = connect(opened.etcd_url)
-    try:
-        whole = f"/{opened.queue}/{prefix}"
-        return transport.range(Range(whole, prefix_end(whole))).kvs
-    finally:
-        transport.close()
-
-
-def runs_of(opened: Project, key: str) -> list[Run]:
-    return [run for run in opened.runs() if f"/key={key}/" in run.key]
-
-
-def hold(opened: Project, key: str, *, task: str = "waiting", **options: Any) -> tuple[Run, Any]:
-    """Have a body run for ten minutes under the lock `key`: its run, and its result."""
-    result = opened.app.send_task(task, (0, 600.0, key), **options)
-    (run,) = until(lambda: runs_of(opened, key), "the start")
-    return run, result
 
 
 def follow(opened: Project, key: str, since: float) -> float:
@@ -128,3 +103,60 @@ class TestNotOthers:
         assert under(working, "locks/waiting/key=stopped/"), "still there"
         os.kill(first.pid, signal.SIGKILL)
         until(lambda: not under(working, "locks/waiting/key=stopped/"), "its end")
+
+
+class TestInOtherWorkers:
+    @pytest.mark.skipif(
+        tuple(map(int, version("celery").split(".")[:2])) < (5, 7), reason="Celery 5.7 brought worker_pool_start_method"
+    )
+    def test_spawned_children(self, new_project: NewProject) -> None:
+        """``worker_pool_start_method="spawn"``: they lock, exclude, are renewed; killed or shut down, all is free."""
+        project = new_project(etcd_lock_ttl=5, worker_pool_start_method="spawn")
+        worker = project.worker("-P", "prefork", "-c", "2")
+        dies, _ = hold(project, "spawned")
+        (session,) = under(project, "sessions/")
+        waiter = project.send("waiting", 1, 6, "spawned")
+        until(lambda: len(under(project, "locks/")) == 2, "the waiter")
+        assert len({key.rpartition("/")[0] for key in (kv.key for kv in under(project, "sessions/"))}) == 1
+        os.kill(dies.pid, signal.SIGKILL)
+        until(lambda: session.key not in {kv.key for kv in under(project, "sessions/")}, "its end")
+        until(lambda: f"orphans_freed: process {dies.pid} " in worker.output, "the word of it")
+        assert waiter.get(timeout=60) == 1, "longer than the TTL: it was renewed"
+        assert worker.stop() == 0
+        assert not under(project, "locks/")
+        assert not under(project, "sessions/")
+
+    def test_grpc(self, new_project: NewProject) -> None:
+        """Over gRPC too, and the main process stays free to fork: children made after a death lock as before."""
+        pytest.importorskip("grpc")
+        project = new_project(etcd_lock_ttl=30, etcd_lock_transport="grpc")
+        worker = project.worker("-P", "prefork", "-c", "1")
+        for number in range(3):
+            project.send("dying", number, "3", "k1")
+        until(lambda: len(runs_of(project, "k1")) == 3, "the last", seconds=3 * AT_ONCE)
+        until(lambda: not under(project, "locks/"), "its end", seconds=AT_ONCE)
+        assert worker.output.count("etcd_lock.orphans_freed") == 3
+        assert project.send("waiting", 1, 0.01, "k1").get(timeout=60) == 1
+        assert "ConfigError" not in worker.output
+
+    def test_with_etcd_away_meanwhile(self, new_project: NewProject) -> None:
+        """A child that dies while etcd does not answer: its locks are free when etcd is back."""
+        with EtcdServer() as own:
+            project = new_project(own.url, etcd_lock_ttl=30, etcd_lock_timeout=1)
+            worker = project.worker("-P", "prefork", "-c", "1")
+            first, _ = hold(project, "k1")
+            own.stop()
+            os.kill(first.pid, signal.SIGKILL)
+            until(lambda: "etcd_lock.errand_waits" in worker.output, "the word that it waits")
+            own.start()
+            until(lambda: not under(project, "locks/"), "its end", seconds=AT_ONCE)
+            assert worker.process.poll() is None
+
+    def test_the_main_process_killed(self, new_project: NewProject) -> None:
+        """Nobody is left who saw its children die: their locks are free when the TTL, 3 s here, is over."""
+        project = new_project(etcd_lock_ttl=3)
+        worker = project.worker("-P", "prefork", "-c", "1")
+        first, _ = hold(project, "k1")
+        os.kill(worker.process.pid, signal.SIGKILL)
+        until(lambda: not psutil.pid_exists(first.pid), "the end of its child: the kernel sees to that")
+        until(lambda: not under(project, "locks/"), "its end", seconds=30)
