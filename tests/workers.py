@@ -12,7 +12,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from celery import Celery
 from celery.result import AsyncResult
 
 from celery_etcd_lock.etcd import connect
-from celery_etcd_lock.etcd.api import Range
+from celery_etcd_lock.etcd.api import KeyValue, Range, prefix_end
 
 __all__ = ["Project", "Run", "Worker", "overlaps", "until"]
 
@@ -50,6 +50,7 @@ class Run:
     ended: float = float("inf")
     """Infinite: it was killed, or still runs."""
     how: str = "killed"
+    task: str = ""
 
 
 def overlaps(runs: list[Run]) -> list[tuple[Run, Run]]:
@@ -100,11 +101,14 @@ class Project:
     settings: dict[str, Any] = field(default_factory=dict)
     queue: str = field(default_factory=lambda: f"q{uuid.uuid4().hex}")
     workers: list[Worker] = field(default_factory=list)
+    backend_url: str = ""
+    """Empty: the broker."""
 
     def __post_init__(self) -> None:
+        self.backend_url = self.backend_url or self.broker_url
         self.settings = {"etcd_lock_namespace": self.queue, **self.settings}
         self.record = self.folder / f"{self.queue}.jsonl"
-        self.app = Celery("client", broker=self.broker_url, backend=self.broker_url, set_as_current=False)
+        self.app = Celery("client", broker=self.broker_url, backend=self.backend_url, set_as_current=False)
         self.app.conf.task_default_queue = self.queue
 
     @property
@@ -115,6 +119,7 @@ class Project:
                 [str(_HERE.parent), str(_HERE / "tasks"), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
             "BROKER_URL": self.broker_url,
+            "BACKEND_URL": self.backend_url,
             "ETCD_URL": self.etcd_url,
             "QUEUE": self.queue,
             "RECORD": str(self.record),
@@ -145,13 +150,14 @@ class Project:
             if entry["event"] == "start":
                 latest[who] = (*who, entry["at"])
                 runs[latest[who]] = Run(
-                    entry["id"], entry["number"], entry["pid"], entry["token"], entry["key"], entry["at"]
-                )
+                    entry["id"], entry["number"], entry["pid"], entry["token"], entry["key"], entry["at"],
+                    task=entry["task"],
+                )  # fmt: skip
             else:
                 begun = runs[latest[who]]
                 runs[latest[who]] = Run(
                     begun.id, begun.number, begun.pid, begun.token, begun.key, begun.started,
-                    entry["at"], entry["ended"],
+                    entry["at"], entry["ended"], begun.task,
                 )  # fmt: skip
         return sorted(runs.values(), key=lambda run: run.started)
 
@@ -162,6 +168,18 @@ class Project:
             return transport.range(Range("/", limit=1)).header.revision
         finally:
             transport.close()
+
+    def keys(self, under: str = "") -> list[KeyValue]:
+        """What the project has in etcd, in all or `under` a part of its names: ``locks/``, ``sessions/``."""
+        prefix = f"/{self.queue}/{under}"
+        with closing(connect(self.etcd_url)) as transport:
+            return list(transport.range(Range(prefix, prefix_end(prefix))).kvs)
+
+    def revoke_the_holders_lease(self, lock: str) -> None:
+        """As an operator's ``etcdctl lease revoke`` does."""
+        (holder,) = until(lambda: self.keys(f"locks/{lock}/"), "the holder's key")
+        with closing(connect(self.etcd_url)) as transport:
+            transport.lease_revoke(holder.lease)
 
     def close(self) -> None:
         for worker in self.workers:
@@ -174,8 +192,10 @@ class Project:
 
 
 @contextmanager
-def project(broker_url: str, etcd_url: str, folder: Path, **settings: Any) -> Iterator[Project]:
-    opened = Project(broker_url, etcd_url, folder, settings)
+def project(
+    broker_url: str, etcd_url: str, folder: Path, *, backend_url: str = "", **settings: Any
+) -> Iterator[Project]:
+    opened = Project(broker_url, etcd_url, folder, settings, backend_url=backend_url)
     try:
         yield opened
     finally:

@@ -4,7 +4,7 @@ In the main thread (prefork, solo) a signal does it: its handler raises `LockLos
 ``time.sleep(600)`` or a read as any signal does. The signal is SIGURG, as in Go's runtime and for its reasons:
 ignored by default, not used by anybody else, harmless when it comes at the wrong moment. In another thread an
 asynchronous exception does it; Python delivers that when the thread next runs Python code, not inside a call
-that blocks.
+that blocks. In a greenlet gevent's hub does it, when the greenlet next yields (see `greenlets`).
 
 An abort is armed while the body runs and disarmed before anything else does, so that it never hits Celery's
 code. It raises at most once. Other signals strike in the body only: see `interrupts`.
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from celery_etcd_lock.exceptions import LockLost
+from celery_etcd_lock.tasks.greenlets import thrower
 from celery_etcd_lock.tasks.interrupts import Front, allowed, deferred
 
 __all__ = ["Abort"]
@@ -34,7 +35,7 @@ _INSIST = 0.05
 
 
 class Abort:
-    """For the thread that makes it: `fire` from any other raises `LockLost` in it, while it is in `run`."""
+    """For the thread or greenlet that makes it: `fire` from any other raises `LockLost` in it, while it is in `run`."""
 
     _in_main: Abort | None = None
     """The one that is armed in the main thread."""
@@ -45,7 +46,9 @@ class Abort:
         self._fired = False
         self._reason = ""
         self._thread = threading.get_ident()
-        self._by_signal = threading.current_thread() is threading.main_thread() and _handler_is_ours()
+        self._throw = thrower()
+        in_main = self._throw is None and threading.current_thread() is threading.main_thread()
+        self._by_signal = in_main and _handler_is_ours()
 
     def run(self, body: Callable[[], R]) -> R:
         """Run `body`; `LockLost` in it, once, if `fire` is called meanwhile or was before. Bodies may nest."""
@@ -76,7 +79,7 @@ class Abort:
     def _disarm(self, outer: Abort | None) -> None:
         with self._lock:
             self._armed = False
-            if self._fired and not self._by_signal:
+            if self._fired and not self._by_signal and self._throw is None:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
         if self._by_signal:
             Abort._in_main = outer
@@ -88,6 +91,9 @@ class Abort:
                 return
             self._reason, self._fired = reason, True
             if not self._armed:
+                return
+            if self._throw is not None:
+                self._throw(self._thrown)
                 return
             if not self._by_signal:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(LockLost))
@@ -103,6 +109,13 @@ class Abort:
                     return
                 signal.pthread_kill(self._thread, _SIGNAL)
             time.sleep(_INSIST)
+
+    def _thrown(self) -> LockLost | None:
+        # In the hub, while no greenlet runs. Like `_signalled` it must not wait for a lock.
+        if not self._armed:
+            return None
+        self._armed = False
+        return LockLost(self._reason)
 
     def _signalled(self) -> None:
         # In the main thread, between two of its instructions: it must not wait for a lock.

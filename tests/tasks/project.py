@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from celery import Celery, Task
+from celery.exceptions import Reject
 
 from celery_etcd_lock import Conflict, LockLost, SingletonTask, current_lock, singleton_task
 
-app = Celery("project", broker=os.environ["BROKER_URL"], backend=os.environ["BROKER_URL"])
+app = Celery("project", broker=os.environ["BROKER_URL"], backend=os.environ["BACKEND_URL"])
 app.conf.update(
     broker_connection_retry_on_startup=True,
     task_default_queue=os.environ["QUEUE"],
@@ -73,6 +74,8 @@ unavailable_runs = define("unavailable_runs", on_unavailable="run")
 lost_retries = define("lost_retries", on_lost="retry", on_conflict=Conflict.retry(countdown=0.2))
 lost_warns = define("lost_warns", on_lost="warn")
 
+late = define("late", acks_late=True, on_conflict=Conflict.retry(countdown=0.2))
+
 _soon = Conflict.retry(backoff=0.05, backoff_max=0.3)
 shared = {"unique_on": None, "lock_key": "/catalog/{key}"}
 reading = define("reading", **shared, lock_mode="shared", on_conflict=_soon)
@@ -113,6 +116,34 @@ def catching(self: Any, number: int) -> str:
     return "never lost"
 
 
+@app.task(base=SingletonTask, bind=True, name="computing", unique_on="key", on_conflict=Conflict.wait(timeout=60))
+def computing(self: Any, number: int, seconds: float, key: str = "k") -> int:
+    """Python code that neither sleeps nor yields."""
+    with noted(self, number):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pass
+    return number
+
+
+@app.task(base=SingletonTask, bind=True, name="holding", unique_on="key", on_conflict=Conflict.wait(timeout=60))
+def holding(self: Any, number: int, seconds: int, then: float, key: str = "k") -> int:
+    """One call into C that keeps the GIL; then Python code again, which yields."""
+    with noted(self, number):
+        keep_gil(seconds)
+        end = time.monotonic() + then
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    return number
+
+
+def keep_gil(seconds: int) -> None:
+    """No other thread of this process runs meanwhile."""
+    left = seconds
+    while left:  # what a signal has left of it
+        left = ctypes.PyDLL(None).sleep(left)
+
+
 @app.task(bind=True, name="unstable", base=SingletonTask, serializer="pickle")
 def unstable(self: Any, thing: Any) -> None:
     raise AssertionError("must not run")
@@ -140,6 +171,28 @@ def sends_itself(self: Any, number: int) -> Any:
         if self.request.retries == 0:
             raise self.retry(countdown=0.1)
     return (self.request.headers or {}).get("etcd_lock", {}).get("count", 0)
+
+
+@app.task(base=SingletonTask, bind=True, name="tells", lock_key="all", on_conflict=Conflict.retry(countdown=0.2))
+def tells(self: Any) -> dict[str, Any]:
+    """With what its message was delivered."""
+    return {"priority": self.request.delivery_info.get("priority")}
+
+
+@app.task(base=SingletonTask, bind=True, name="rejecting", lock_key="all", acks_late=True)
+def rejecting(self: Any, number: int) -> int:
+    """Rejects its message into the queue, once."""
+    with noted(self, number):
+        if not self.request.delivery_info["redelivered"]:
+            raise Reject("once more", requeue=True)
+    return number
+
+
+@app.task(base=SingletonTask, bind=True, name="later", lock_key="all", on_conflict=Conflict.retry(countdown=3))
+def later(self: Any, number: int) -> int:
+    """Stays away for three seconds when it meets another."""
+    with noted(self, number):
+        return number
 
 
 @app.task(name="who")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -136,3 +138,64 @@ def test_leaves_the_handler_that_was_there() -> None:
         assert came == [signal.SIGURG]
     finally:
         signal.signal(signal.SIGURG, before)
+
+
+STORM = """
+import gevent.monkey
+gevent.monkey.patch_all()
+import random, threading, time
+import gevent
+from celery_etcd_lock.exceptions import LockLost
+from celery_etcd_lock.tasks.abort import Abort
+
+wrong, lost = [], []
+
+def sleeping(number):
+    abort = Abort()
+    aborts.append(abort)
+    try:
+        abort.run(lambda: time.sleep(0.02 * random.random()) or gevent.sleep(0.01))
+    except LockLost as error:
+        lost.append(number)
+        if error.args != (f"staged {number}",):
+            wrong.append((number, error.args))
+    try:  # Celery's code, after the body
+        gevent.sleep(0.02)
+    except LockLost as error:
+        wrong.append((number, "late"))
+
+for round_ in range(20):
+    aborts = []
+    bodies = [gevent.spawn(sleeping, number) for number in range(50)]
+    gevent.sleep(0)
+    assert len(aborts) == 50
+    victims = random.sample(range(50), 25)
+    for number in victims:
+        gevent.sleep(0.001 * random.random())
+        threading.Thread(target=aborts[number].fire, args=(f"staged {number}",)).start()
+    gevent.joinall(bodies, raise_error=True)
+    wrong += [(number, "not fired") for number in lost if number not in victims]
+    counts = len(lost)
+    lost.clear()
+    print(counts)
+assert not wrong, wrong
+begun = time.monotonic()
+abort = Abort()
+threading.Timer(0.2, abort.fire, ["main"]).start()
+try:
+    abort.run(lambda: time.sleep(60))
+    raise SystemExit("slept")
+except LockLost as error:
+    assert str(error) == "main", error
+assert time.monotonic() - begun < 30
+print("done")
+"""
+
+
+def test_in_gevent_the_right_greenlet_is_ended_and_no_other() -> None:
+    """1,000 bodies in greenlets of one thread, 500 of them fired at around their ends: none but these, none after."""
+    done = subprocess.run([sys.executable, "-c", STORM], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *ended, last = done.stdout.split()
+    assert last == "done"
+    assert 0 < sum(map(int, ended)) <= 500

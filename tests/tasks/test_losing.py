@@ -1,4 +1,7 @@
-"""Losing the lock in the middle of a body: frozen processes, revoked leases, etcd away. In several pools."""
+"""Losing the lock in the middle of a body: frozen processes, revoked leases, etcd away.
+
+What differs from pool to pool is in `test_pools`.
+"""
 
 from __future__ import annotations
 
@@ -20,67 +23,6 @@ from celery_etcd_lock.testing import EtcdServer
 from tests.workers import Project, overlaps, until
 
 NewProject = Callable[..., Project]
-
-LOCKED = pytest.mark.parametrize("locked", [True, False], ids=["locked", "control"])
-"""With the lock, and with one that does nothing: a scenario that sees no overlap must see them there."""
-
-
-def revoke_the_holders_lease(project: Project, lock: str) -> None:
-    """As an operator's ``etcdctl lease revoke`` does."""
-    transport = connect(project.etcd_url)
-    prefix = f"/{project.queue}/locks/{lock}/"
-    (holder,) = until(lambda: transport.range(Range(prefix, prefix_end(prefix))).kvs, "the holder's key")
-    transport.lease_revoke(holder.lease)
-    transport.close()
-
-
-@pytest.mark.parametrize("pool", [["-P", "prefork", "-c", "2"], ["-P", "solo"]], ids=["prefork", "solo"])
-def test_a_sleeping_body_is_ended_within_a_second_or_so_of_the_loss(new_project: NewProject, pool: list[str]) -> None:
-    """A body in ``time.sleep(600)`` whose lease is revoked ends with LockLost soon after the session knows."""
-    project = new_project(etcd_lock_ttl=3)
-    project.worker(*pool)
-    result = project.send("waiting", 0, 600.0)
-    until(lambda: project.runs("waiting"), "the start")
-    revoke_the_holders_lease(project, "waiting/-")
-    revoked = time.monotonic()
-    with pytest.raises(LockLost, match="expired or was revoked"):
-        result.get(timeout=30)
-    (run,) = project.runs("waiting")
-    assert run.how == "LockLost"
-    # The session finds out at its next renewal, within a third of the TTL, and the abort comes at once then.
-    assert run.ended - revoked < 1 + 4, "several times the second expected, for a machine that is busy"
-    assert "etcd_lock.lost" in project.workers[0].output
-    after = project.send("waiting", 1)
-    assert after.get(timeout=30) == 1, "the same process, a new session"
-
-
-def test_in_threads_the_body_is_told_when_it_comes_back(new_project: NewProject) -> None:
-    """A thread cannot be interrupted inside a call: LockLost is raised when the call returns."""
-    project = new_project(etcd_lock_ttl=3)
-    project.worker("-P", "threads", "-c", "4")
-    result = project.send("waiting", 0, 6.0)
-    until(lambda: project.runs("waiting"), "the start")
-    revoke_the_holders_lease(project, "waiting/-")
-    with pytest.raises(LockLost):
-        result.get(timeout=60)
-    (run,) = project.runs("waiting")
-    assert run.how == "LockLost"
-    assert project.send("waiting", 1).get(timeout=30) == 1
-
-
-@LOCKED
-def test_threads_of_one_worker_never_overlap(new_project: NewProject, locked: bool) -> None:
-    """The threads pool, one session for all its threads: 40 messages of one key, one at a time."""
-    project = new_project(etcd_lock_ttl=3, etcd_lock_enabled=locked)
-    project.worker("-P", "threads", "-c", "8")
-    tasks = ["retrying", "retrying", "waiting"]
-    seconds = 0.02 if locked else 0.3  # where nobody waits, long enough for others to come in between
-    results = [project.send(tasks[number % 3], number, seconds) for number in range(40)]
-    for result in results:
-        result.get(timeout=120)
-    for task in ("retrying", "waiting"):
-        assert (overlaps(project.runs(task)) == []) is locked
-    assert len(project.runs()) == 40
 
 
 def test_a_frozen_holder_wakes_up_to_its_loss(new_project: NewProject) -> None:
@@ -141,30 +83,18 @@ def test_a_worker_killed_in_mid_task_blocks_for_the_ttl_and_no_longer(new_projec
     assert second.started - killed < 30
 
 
-@LOCKED
-def test_a_task_longer_than_the_ttl_stays_alone(new_project: NewProject, locked: bool) -> None:
-    """The lease is renewed while the body runs, and nobody gets in."""
-    project = new_project(etcd_lock_ttl=2, etcd_lock_enabled=locked)
-    project.worker("-P", "prefork", "-c", "2")
-    long = project.send("retrying", 0, 7.0)
-    until(lambda: project.runs("retrying"), "the start")
-    others = [project.send("retrying", number, 0.01) for number in (1, 2)]
-    assert [result.get(timeout=60) for result in (long, *others)] == [0, 1, 2]
-    assert (overlaps(project.runs("retrying")) == []) is locked
-
-
 def test_lost_locks_can_put_the_task_back_or_only_warn(new_project: NewProject) -> None:
     """`on_lost="retry"` runs the task again; `on_lost="warn"` lets the body finish, and says so in the log."""
     project = new_project(etcd_lock_ttl=3)
     worker = project.worker("-P", "prefork", "-c", "2")
     again = project.send("lost_retries", 0, 6.0)
     until(lambda: project.runs("lost_retries"), "the start")
-    revoke_the_holders_lease(project, "lost_retries/-")
+    project.revoke_the_holders_lease("lost_retries/-")
     assert again.get(timeout=60) == 0
     assert [run.how for run in project.runs("lost_retries")] == ["LockLost", "returned"]
     warned = project.send("lost_warns", 0, 5.0)
     until(lambda: project.runs("lost_warns"), "the start")
-    revoke_the_holders_lease(project, "lost_warns/-")
+    project.revoke_the_holders_lease("lost_warns/-")
     assert warned.get(timeout=60) == 0
     assert "lost_warns[" in worker.output
     assert worker.output.count("etcd_lock.lost") == 2
@@ -176,7 +106,7 @@ def test_a_body_that_swallows_its_loss_ends_with_it_all_the_same(new_project: Ne
     project.worker("-P", "prefork", "-c", "1")
     result = project.send("catching", 0)
     until(lambda: project.runs("catching"), "the start")
-    revoke_the_holders_lease(project, "catching/all")
+    project.revoke_the_holders_lease("catching/all")
     with pytest.raises(LockLost):
         result.get(timeout=30)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 
 from celery_etcd_lock.etcd import connect
@@ -36,20 +35,6 @@ def test_one_lease_and_one_name_after_a_thousand_locks(new_project: NewProject) 
     transport.close()
     assert leases == {session.lease}
     assert len(names) == 1001
-
-
-def test_a_stopped_worker_leaves_nothing_behind(new_project: NewProject) -> None:
-    """A warm shutdown revokes the lease of each child, at once."""
-    project = new_project(etcd_lock_ttl=60)
-    worker = project.worker("-P", "prefork", "-c", "2")
-    for number in range(8):
-        project.send("retrying", number, 0.1, key=f"k{number}").get(timeout=60)
-    transport = connect(project.etcd_url)
-    everything = Range(f"/{project.queue}/", f"/{project.queue}0")
-    assert transport.range(everything).kvs
-    assert worker.stop(signal.SIGTERM) == 0
-    until(lambda: not transport.range(everything).kvs, "the end of the leases", seconds=20)
-    transport.close()
 
 
 def test_observing_prevents_nothing_and_says_what_it_would_have(new_project: NewProject) -> None:
