@@ -20,7 +20,7 @@ from typing import Any
 from celery import Celery
 from celery.result import AsyncResult
 
-from celery_etcd_lock.etcd import connect
+from celery_etcd_lock.etcd import Transport, connect
 from celery_etcd_lock.etcd.api import KeyValue, Range, prefix_end
 
 __all__ = ["Project", "Run", "Worker", "overlaps", "until"]
@@ -161,24 +161,26 @@ class Project:
                 )  # fmt: skip
         return sorted(runs.values(), key=lambda run: run.started)
 
+    def connect(self) -> Transport:
+        """A transport to its etcd, of the kind that its workers use; to be closed."""
+        grpc = "etcd_lock_client" in self.settings or self.settings.get("etcd_lock_transport") == "grpc"
+        return connect(self.etcd_url, transport="grpc" if grpc else "gateway")
+
     def etcd_revision(self) -> int:
         """Where etcd's history has come to."""
-        transport = connect(self.etcd_url)
-        try:
+        with closing(self.connect()) as transport:
             return transport.range(Range("/", limit=1)).header.revision
-        finally:
-            transport.close()
 
     def keys(self, under: str = "") -> list[KeyValue]:
         """What the project has in etcd, in all or `under` a part of its names: ``locks/``, ``sessions/``."""
         prefix = f"/{self.queue}/{under}"
-        with closing(connect(self.etcd_url)) as transport:
+        with closing(self.connect()) as transport:
             return list(transport.range(Range(prefix, prefix_end(prefix))).kvs)
 
     def revoke_the_holders_lease(self, lock: str) -> None:
         """As an operator's ``etcdctl lease revoke`` does."""
         (holder,) = until(lambda: self.keys(f"locks/{lock}/"), "the holder's key")
-        with closing(connect(self.etcd_url)) as transport:
+        with closing(self.connect()) as transport:
             transport.lease_revoke(holder.lease)
 
     def close(self) -> None:

@@ -45,9 +45,9 @@ def acquire_and_dawdle(*args: Any, **kwargs: Any) -> HeldLock:
     return held
 
 
-def dawdle_and_release(held: HeldLock) -> Any:
+def dawdle_and_release(held: HeldLock, *also: Any) -> Any:
     time.sleep(WIDER)
-    return release(held)
+    return release(held, *also)
 
 
 Runtime.acquire = acquire_and_dawdle  # type: ignore[method-assign]

@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 from celery.exceptions import Retry, SoftTimeLimitExceeded
 
-from celery_etcd_lock.etcd import connect
-from celery_etcd_lock.etcd.api import Range, prefix_end
 from celery_etcd_lock.tasks import interrupts
 from celery_etcd_lock.tasks.interrupts import allowed, deferred
 from tests.strikes import Striker
@@ -358,16 +356,6 @@ def test_a_storm(storm: tuple[list[Striker], list[int]], control: bool) -> None:
     assert outcomes["later"] > 100
 
 
-def left_behind(project: Project) -> set[str]:
-    """The keys of locks in etcd."""
-    transport = connect(project.etcd_url)
-    try:
-        prefix = f"/{project.queue}/locks/"
-        return {kv.key for kv in transport.range(Range(prefix, prefix_end(prefix), keys_only=True)).kvs}
-    finally:
-        transport.close()
-
-
 @pytest.mark.parametrize("control", [False, True], ids=["deferred", "control"])
 def test_soft_limits_around_acquire_and_release(
     new_project: NewProject, monkeypatch: pytest.MonkeyPatch, control: bool
@@ -387,9 +375,9 @@ def test_soft_limits_around_acquire_and_release(
         # Not those that the session is about to remove: it has done so by the time that these have run.
         for number in range(300, 320):
             assert project.send("struck", number=number, strike=False).get(timeout=60) == number
-        assert left_behind(project), "without deferral some stay"
+        assert project.keys("locks/"), "without deferral some stay"
         return
-    until(lambda: not left_behind(project), "the removal of all keys", seconds=20)
+    until(lambda: not project.keys("locks/"), "the removal of all keys", seconds=20)
     runs: dict[int, Run] = {run.number: run for run in project.runs("struck")}
     assert all(run.token for run in runs.values()), "none ran without its lock"
     hows = Counter(runs[number].how if number in runs else "never began" for number in ends)

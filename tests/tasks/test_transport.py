@@ -42,18 +42,12 @@ def only_grpc() -> Iterator[EtcdServer]:
         yield server
 
 
-def left_behind(project: Project) -> int:
-    """How many keys of the project are in etcd."""
-    with closing(connect(project.etcd_url, transport="grpc")) as transport:
-        return transport.range(Range(f"/{project.queue}/", f"/{project.queue}0")).count
-
-
 @pytest.mark.parametrize("pool", [("prefork", "4"), ("threads", "8"), ("gevent", "8")], ids=lambda pool: pool[0])
 def test_every_pool_over_grpc(new_project: NewProject, only_grpc: EtcdServer, pool: tuple[str, str]) -> None:
-    """Locks are taken, one at a time, and nothing is left in etcd when the worker has ended."""
+    """Locks are taken, one at a time, and none is left in etcd, nor a session, when the worker has ended."""
     project = new_project(only_grpc.url, etcd_lock_transport="grpc", etcd_lock_ttl=60)
     runs_them_all_and_ends(project, "-P", pool[0], "-c", pool[1])
-    assert left_behind(project) == 0
+    assert not project.keys("locks/") + project.keys("sessions/")
 
 
 LENDER = """
@@ -76,7 +70,7 @@ def test_a_client_is_lent_to_each_child(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a real etcd3 and prefork: after the fork, once in each child that locks, and never in their parent."""
+    """By a real etcd3 and prefork: once in each child that locks, and never in the parent, which has one apart."""
     for name, value in with_etcd3.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "lender.py").write_text(LENDER)
@@ -86,9 +80,9 @@ def test_a_client_is_lent_to_each_child(
     runs_them_all_and_ends(project, "-P", "prefork", "-c", "2")
     pids = [int(line) for line in lent.read_text().split()]
     assert sorted(set(pids)) == sorted(pids)
-    assert set(pids) == {run.pid for run in project.runs()}
+    assert set(pids) >= {run.pid for run in project.runs()}
     assert project.workers[0].process.pid not in pids
-    assert left_behind(project) == 0
+    assert not project.keys("locks/") + project.keys("sessions/")
 
 
 def test_a_client_that_cannot_be_imported_stops_the_worker(
