@@ -220,12 +220,14 @@ class Ledger:
 
     def __init__(self) -> None:
         self.taken = self.held = self.bodies = 0
+        self.given_deferred = True
 
     def take(self) -> None:
         self.taken += 1
         self.held += 1
 
     def give(self) -> None:
+        self.given_deferred = interrupts._state.deferring
         self.taken -= 1
         self.held -= 1
 
@@ -237,15 +239,17 @@ class Ledger:
         return self.taken == self.held == 0
 
 
-def run(ledger: Ledger, deferring: Callable[[], Any], allowing: Callable[[], Any]) -> None:
-    """As the guard does it."""
+def run(
+    ledger: Ledger, deferring: Callable[[], Any], allowing: Callable[[], Any], giving: Callable[[], Any] = nullcontext
+) -> None:
+    """As the guard does it, which gives back in a section of its own (`giving`) as well."""
     with deferring():
         ledger.take()
         try:
             with allowing():
                 ledger.body()
         finally:
-            with deferring():
+            with giving():
                 ledger.give()
 
 
@@ -290,6 +294,7 @@ def test_there_is_no_instant_that_leaves_it_half_done(came: list[Any], numbers: 
         if not reached:
             break
         assert ledger.clean, f"instruction {instant}"
+        assert ledger.given_deferred, f"instruction {instant}"
         assert raised, f"instruction {instant}"
         assert numbers[0] in [number for number, _ in came] or "SystemExit" in raised
         if len(numbers) == 1:
@@ -345,7 +350,7 @@ def test_a_storm(storm: tuple[list[Striker], list[int]], control: bool) -> None:
         while len(calls) < count and time.monotonic() < deadline:
             ledger = Ledger()
             try:
-                run(ledger, deferring, allowing)
+                run(ledger, deferring, allowing, deferring)
             except Struck:
                 outcomes["before the body" if not ledger.bodies else "later"] += 1
             outcomes["half done"] += not ledger.clean
