@@ -38,7 +38,6 @@ in greenlets, where no handler runs, nothing is done.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import signal
@@ -59,8 +58,8 @@ Handler: TypeAlias = Callable[[int, FrameType | None], Any]
 _NAMES = ("SIGALRM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
-# What the module's own function wraps: that makes an enum of each answer, which takes longer than all the rest here.
-_getsignal = inspect.unwrap(signal.getsignal)
+# The module's own makes an enum of each answer first, which takes longer than all the rest here.
+_getsignal: Callable[[int], Any] = getattr(signal, "_signal", signal).getsignal
 
 _NOTHING = nullcontext()
 

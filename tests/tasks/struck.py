@@ -25,8 +25,8 @@ from tests.strikes import Striker
 
 project: Any = sys.modules["project"]
 
-LATEST = 0.012
-"""Seconds: about as long as one run takes."""
+LATEST = 0.005
+"""Seconds from the beginning of a call, of taking the lock or of giving it back, up to the strike."""
 
 WIDER = 0.002
 """Seconds by which the instants are widened that are hard to hit: right after the lock was taken, right before it is
@@ -40,24 +40,44 @@ acquire, release = Runtime.acquire, HeldLock.release
 
 
 def acquire_and_dawdle(*args: Any, **kwargs: Any) -> HeldLock:
+    own_striker().begins("acquire")
     held = acquire(*args, **kwargs)
     time.sleep(WIDER)
     return held
 
 
-def dawdle_and_release(held: HeldLock, *also: Any) -> Any:
+def dawdle_and_release(held: HeldLock, *args: Any) -> Any:
+    own_striker().begins("release")
     time.sleep(WIDER)
-    return release(held, *also)
+    return release(held, *args)
 
 
 Runtime.acquire = acquire_and_dawdle  # type: ignore[method-assign]
 HeldLock.release = dawdle_and_release  # type: ignore[method-assign,assignment]
 
 
+class RandomStriker(Striker):
+    """Strikes once a run, soon after it was told that what was drawn by lot begins."""
+
+    lot = ""
+
+    def draw(self) -> None:
+        self.lot = random.choice(["call", "acquire", "release"])
+
+    def begins(self, what: str) -> None:
+        if what == self.lot:
+            self.lot = ""
+            self.set(random.uniform(1e-5, LATEST))
+
+    def rest(self) -> None:
+        self.lot = ""
+        self.set(0)
+
+
 @cache
-def own_striker() -> Striker:
+def own_striker() -> RandomStriker:
     """Of this process, made when it is first wanted: a forked child has none of its parent's timers."""
-    return Striker(signal.SIGUSR1)
+    return RandomStriker(signal.SIGUSR1)
 
 
 class Struck(SingletonTask):
@@ -70,10 +90,11 @@ class Struck(SingletonTask):
             return super().__call__(*args, **kwargs)
         striker = own_striker()
         try:
-            striker.set(random.uniform(1e-5, LATEST))
+            striker.draw()
+            striker.begins("call")
             return super().__call__(*args, **kwargs)
         finally:
-            striker.set(0)
+            striker.rest()
 
 
 @shared_task(base=Struck, bind=True, name="struck", unique_on="number", on_conflict="fail")
