@@ -66,6 +66,8 @@ askers = st.one_of(
     st.builds(Asked, st.just("slot"), st.integers(1, 4), task_id=task_ids, sibling=st.booleans()),
     st.just(Asked("write", foreign=True)),
 )
+slots = st.builds(Asked, st.just("slot"), st.integers(1, 4), sibling=st.booleans())
+queues = st.one_of(st.lists(askers, max_size=9), st.lists(slots, max_size=6))
 
 
 def key_of(asked: Asked, number: int) -> str:
@@ -88,7 +90,7 @@ def queued(contenders: list[Asked]) -> list[KeyValue]:
 
 
 class TestRule:
-    @given(st.lists(askers, max_size=9), askers)
+    @given(queues, st.one_of(askers, slots))
     @settings(deadline=None)
     def test_admits_whom_the_model_admits(self, ahead: list[Asked], asked: Asked) -> None:
         """Nobody to wait for, exactly if the model lets it in; else they are of those ahead."""
@@ -97,7 +99,7 @@ class TestRule:
         assert (not out) is may_go_in(asked, ahead)
         assert set(out) <= set(found)
 
-    @given(st.lists(askers, max_size=9), askers, st.data())
+    @given(queues, st.one_of(askers, slots), st.data())
     @settings(deadline=None)
     def test_while_those_it_waits_for_are_there_it_cannot_go_in(
         self, ahead: list[Asked], asked: Asked, data: st.DataObject
@@ -110,7 +112,7 @@ class TestRule:
             assert not may_go_in(asked, [each for number, each in enumerate(ahead, 1) if number in left])
         assert len(watched) <= max(1, asked.limit)
 
-    @given(st.lists(askers, max_size=9), askers, st.lists(askers, max_size=3))
+    @given(queues, st.one_of(askers, slots), st.lists(askers, max_size=3))
     @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
     def test_what_is_asked_of_etcd_is_enough(self, ahead: list[Asked], asked: Asked, behind: list[Asked]) -> None:
         """The few keys that are asked for give the same answer as all: joining, looking, and trying."""

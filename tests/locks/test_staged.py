@@ -11,10 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn, created_at, prefix_end
+from celery_etcd_lock.etcd.api import Compare, Delete, Put, Range, Txn, created_at, prefix_end
 from celery_etcd_lock.etcd.gateway import GatewayTransport
 from celery_etcd_lock.exceptions import EtcdUnavailable
 from celery_etcd_lock.locks import Mutex, Session
+from celery_etcd_lock.locks.acquire import acquire
+from celery_etcd_lock.locks.rider import Rider
 from celery_etcd_lock.testing import EtcdCluster, EtcdNotFound, EtcdServer
 from tests.servers import skip_or_fail
 from tests.workers import until
@@ -120,6 +122,32 @@ def test_a_late_put_of_an_acquire_given_up_is_taken_back(
                 assert keys(witness, name) == [], f"try {number}"
                 Mutex(witness, name).acquire(blocking=False).release()
             transport.close()
+
+
+def test_what_goes_with_a_lock_does_not_come_late(cluster: EtcdCluster, follower: EtcdServer, prefix: str) -> None:
+    """A stuck acquire with a rider and a sibling, done over another member and released: its late copy puts nothing.
+
+    What is left is the sibling that is meant to stay, and the mark that was written again since.
+    """
+    name, mark = f"{prefix}goes-with", f"{prefix}mark"
+    rider = Rider([Compare(mark, "value", "==", b"mine")], [Delete(mark)])
+    with session_at(cluster.leader(), cluster) as witness:
+        for number in range(10):
+            witness.transport.txn(Txn([], [Put(mark, b"mine")]))
+            with session_at(follower, cluster) as session:
+                follower.pause()
+                try:
+                    held = acquire(session, name, blocking=bool(number % 2), rider=rider, at_least_for=60)
+                    assert held.rode
+                    assert held.release() == "released"
+                    witness.transport.txn(Txn([], [Put(mark, b"mine")]))
+                finally:
+                    after_what_was_stuck(follower, witness)
+                (left,) = witness.transport.range(Range(name + "/", prefix_end(name + "/"))).kvs
+                assert left.create_revision == held.compare().operand, f"try {number}"
+                assert left.lease != session.lease
+                assert witness.transport.range(Range(mark)).kvs, f"try {number}"
+                witness.transport.lease_revoke(left.lease)
 
 
 class TestTheStagingItself:
