@@ -108,11 +108,17 @@ def _decide(
     return policy.decide(
         waits=waits.count,
         waited=waits.seconds,
-        same_task=bool(request.id) and contended.task_id == str(request.id),
+        same_task=_is_itself(contended, request),
         timed_out=isinstance(contended, LockTimeout),
         ceiling=countdown_ceiling(task.app),
         random=random.random,
     )
+
+
+def _is_itself(contended: LockContended, request: Context) -> bool:
+    """Whether the holder has the id of `request`, or has replaced itself by it and is about to end."""
+    ids = [request.id, request.parent_id if request.replaced_task_nesting else None]
+    return contended.task_id in [str(each) for each in ids if each]
 
 
 def _refused(
