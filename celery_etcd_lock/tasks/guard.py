@@ -139,11 +139,16 @@ class _Turn:
         return self.holds.on_conflict.decide(
             waits=self.waits.count,
             waited=self.waited,
-            same_task=bool(self.id) and contended.task_id == self.id,
+            same_task=self.is_itself(contended),
             timed_out=isinstance(contended, LockTimeout),
             ceiling=self.ceiling,
             random=random.random,
         )
+
+    def is_itself(self, contended: LockContended) -> bool:
+        """Whether the holder has the id of this message, or has replaced itself by it and is about to end."""
+        ids = [self.id, self.request.parent_id if self.request.replaced_task_nesting else None]
+        return contended.task_id in [str(each) for each in ids if each]
 
     def stand_aside_with(self, held: HeldLock) -> None:
         """Give `held` back and do not run, if another copy of this message has run, or is ending."""

@@ -29,8 +29,19 @@ def put_back(
     copies of the message.
     """
     headers = with_waits(request, waits, again=again)
-    signature = task.signature_from_request(request, countdown=countdown, retries=request.retries, headers=headers)
-    signature.apply_async()
+    signature = task.signature_from_request(
+        request,
+        countdown=countdown,
+        retries=request.retries,
+        headers=headers,
+        ignore_result=request.ignore_result,  # what was asked for this one message: Celery 5.4 forgets it
+    )
+    # Celery takes the task that runs for the parent of what has none; but this is no child of itself.
+    request.called_directly = True
+    try:
+        signature.apply_async()
+    finally:
+        request.called_directly = False
     when: Any = countdown
     return Retry(f"Retry in {countdown:.1f}s: {reason}", exc=reason, when=when, sig=signature)
 
