@@ -73,11 +73,12 @@ class Errands:
 
     @classmethod
     def of(cls, app: Celery, *, forks: bool = False) -> Errands:
-        """The errands of `app` in this process. `forks`, at the first call: whether it is to fork later on."""
+        """The errands of `app` in this process. `forks`: from now on it must stay free to fork."""
         with _making:
             errands = _errands.get(app)
             if errands is None:
-                errands = _errands[app] = cls(Settings.from_app(app), forks=forks)
+                errands = _errands[app] = cls(Settings.from_app(app))
+            errands._forks = errands._forks or forks
             return errands
 
     def later(self, job: Callable[[Transport], object], *, patience: float | None = None) -> bool:

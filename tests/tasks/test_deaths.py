@@ -28,9 +28,9 @@ def working(redis: RedisServer, etcd: EtcdServer, tmp_path_factory: pytest.TempP
         yield opened
 
 
-def follow(opened: Project, key: str, since: float) -> float:
+def follow(opened: Project, key: str, since: float, *, task: str = "waiting") -> float:
     """Seconds after `since` (of `time.monotonic`) until another has run under the lock `key`."""
-    opened.send("waiting", 1, 0.01, key).get(timeout=60)
+    opened.send(task, 1, 0.01, key).get(timeout=60)
     return max(run.started for run in runs_of(opened, key)) - since
 
 
@@ -63,9 +63,11 @@ class TestOneChild:
         until(lambda: not under(working, f"locks/dying/key={key}/"), "the end of the last", seconds=AT_ONCE)
 
     def test_over_its_hard_time_limit(self, working: Project) -> None:
-        """The pool kills it; the lock is free at once."""
-        first, _ = hold(working, "limit", time_limit=1)
-        assert follow(working, "limit", first.started + 1) < AT_ONCE
+        """The pool's SIGTERM gives it a tenth of a second, then comes SIGKILL; the lock is free at once."""
+        for task in ("waiting", "stubborn"):
+            key = f"limit-{task}"
+            first, _ = hold(working, key, task=task, time_limit=1)
+            assert follow(working, key, first.started + 1, task=task) < AT_ONCE
 
     @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
     def test_revoked_with_terminate(self, working: Project, number: str) -> None:

@@ -18,7 +18,12 @@ NewProject = Callable[..., Project]
 
 PREFORK, SOLO, THREADS = ["-P", "prefork", "-c", "2"], ["-P", "solo"], ["-P", "threads", "-c", "2"]
 POOLS = pytest.mark.parametrize("pool", [PREFORK, SOLO, THREADS], ids=["prefork", "solo", "threads"])
-MAIN_THREAD = pytest.mark.parametrize("pool", [PREFORK, SOLO], ids=["prefork", "solo"])
+ENDS_BODIES = pytest.mark.skipif(
+    tuple(map(int, version("celery").split(".")[:2])) < (5, 5), reason="before 5.5 Celery waits for the body"
+)
+MAIN_THREAD = pytest.mark.parametrize(
+    "pool", [pytest.param(PREFORK, id="prefork"), pytest.param(SOLO, id="solo", marks=ENDS_BODIES)]
+)
 SOFT = 1.0
 """Seconds of ``worker_soft_shutdown_timeout``."""
 
@@ -75,7 +80,7 @@ def test_cold(new_project: NewProject, pool: list[str]) -> None:
     assert freed < AT_ONCE
 
 
-@pytest.mark.skipif(tuple(map(int, version("celery").split(".")[:2])) < (5, 5), reason="Celery 5.5 brought it")
+@ENDS_BODIES
 @MAIN_THREAD
 def test_soft(new_project: NewProject, pool: list[str]) -> None:
     """SIGQUIT with ``worker_soft_shutdown_timeout``: the same, when that is over."""
@@ -93,9 +98,13 @@ def test_cold_in_threads(new_project: NewProject) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pool", "task"), [(PREFORK, "waiting"), (PREFORK, "stubborn"), (THREADS, "waiting")],
-    ids=["prefork", "prefork-stubborn", "threads"],
-)  # fmt: skip
+    ("pool", "task"),
+    [
+        pytest.param(PREFORK, "waiting", id="prefork"),
+        pytest.param(PREFORK, "stubborn", id="prefork-stubborn", marks=ENDS_BODIES),
+        pytest.param(THREADS, "waiting", id="threads", marks=ENDS_BODIES),
+    ],
+)
 def test_in_a_hurry(new_project: NewProject, pool: list[str], task: str) -> None:
     """SIGQUIT until the worker gives up waiting, even for a body that does not let itself be ended: free at once."""
     _, freed = end(new_project(etcd_lock_ttl=30), pool, signal.SIGQUIT, task=task, hurry=True)
