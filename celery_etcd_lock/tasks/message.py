@@ -107,19 +107,18 @@ def was_redelivered(request: Context) -> bool:
 
 
 def flagged_queued(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """`headers` of a message whose mark says that it is queued."""
-    return {**headers, HEADER: {**_header(headers), "queued": True}}
+    """`headers`, `addressed` ones, of a message whose mark says that it is queued."""
+    return {**headers, HEADER: {**headers[HEADER], "queued": True}}
 
 
 def is_queued(request: Context) -> bool:
     """Whether there was a mark that said so."""
-    header = _header(request.headers)
-    return bool(header.get("queued")) and header.get("of") == str(request.id)
+    return bool(_header_of(request).get("queued"))
 
 
-def was_put_back(headers: Mapping[str, Any] | None) -> bool:
-    """Whether these are the headers of a message that is put back."""
-    return bool(_header(headers).get("times"))
+def was_put_back(headers: Mapping[str, Any]) -> bool:
+    """Whether these, `addressed` ones, are of a message that is put back."""
+    return bool(headers[HEADER].get("times"))
 
 
 def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[str, Any]:

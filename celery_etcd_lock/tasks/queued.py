@@ -41,10 +41,10 @@ from celery_etcd_lock.exceptions import (
     UnstableKeyError,
 )
 from celery_etcd_lock.settings import Settings
+from celery_etcd_lock.tasks.errands import Errands
 from celery_etcd_lock.tasks.marks import Mark, task_id_in
 from celery_etcd_lock.tasks.message import HEADER, flagged_queued, was_put_back
 from celery_etcd_lock.tasks.runtime import Runtime
-from celery_etcd_lock.tasks.upkeep import later
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -258,7 +258,7 @@ class _Publication:
         if self._doubtful and self._lease:
             lease = self._lease
             self._runtime.leases.forget(lease)
-            later(self._app, lambda transport: transport.lease_revoke(lease))
+            Errands.of(self._app).later(lambda transport: transport.lease_revoke(lease))
 
     def _ask(self, request: Callable[[Transport], TxnReply]) -> TxnReply | None:
         """What etcd answers, if it does; else None, and others are spared."""

@@ -32,11 +32,11 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery_etcd_lock.etcd.api import Compare, Operation, Range, Transport, Txn, TxnReply
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LockContended
 from celery_etcd_lock.locks.rider import Rider
+from celery_etcd_lock.tasks.errands import Errands
 from celery_etcd_lock.tasks.marks import Mark, task_id_in
 from celery_etcd_lock.tasks.message import Waits, is_queued
 from celery_etcd_lock.tasks.queued import PATIENCE, long_ttl
 from celery_etcd_lock.tasks.runtime import Runtime
-from celery_etcd_lock.tasks.upkeep import later
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -49,6 +49,9 @@ __all__ = ["WAITS_FOR", "Standing", "take_away"]
 
 WAITS_FOR = 25.0
 """Seconds, at least, for which a waiting mark stands: the longest countdown of `coalesce`, and time to be taken."""
+
+_INSISTS = 600.0
+"""Seconds for which a mark is still to be taken away while etcd does not answer."""
 
 _CLAIMS = 4
 """How often one tries to claim, others doing so at the same time."""
@@ -214,7 +217,7 @@ class Standing:
         try:
             put(self._runtime.transport())
         except EtcdLockError:
-            later(self._task.app, put)
+            Errands.of(self._task.app).later(put, patience=_INSISTS)
 
 
 def take_away(task: SingletonTask, marks: Sequence[Mark], *, within: float = 0.0) -> None:
@@ -233,4 +236,4 @@ def take_away(task: SingletonTask, marks: Sequence[Mark], *, within: float = 0.0
             pass
         else:
             return
-    later(task.app, each)
+    Errands.of(task.app).later(each, patience=_INSISTS)

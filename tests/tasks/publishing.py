@@ -21,7 +21,7 @@ from tests.workers import Project
 
 __all__ = ["IMPORTS", "Publisher", "publishing", "race"]
 
-IMPORTS = {"imports": ["queued_tasks"]}
+IMPORTS: dict[str, Any] = {"imports": ["queued_tasks"]}
 """The setting of a project whose worker is to run them."""
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -559,7 +560,7 @@ class TestEtcdAway:
         ]
         for url in urls:
             with publishing(idle.project, etcd_lock_endpoints=url) as lost:
-                took = timed(lambda lost=lost: lost.until_start.delay(1, key=key))
+                took = timed(partial(lost.until_start.delay, 1, key=key))
                 assert took < queued.PATIENCE * SLACK, url
         silent.close()
 
@@ -585,7 +586,7 @@ class TestEtcdAway:
         self, own: EtcdServer, redis: RedisServer, tmp_path: Path
     ) -> None:
         """etcd is away when a body ends: the mark is gone soon after it is back, though the process lives."""
-        settings = {"etcd_lock_ttl": 30, "etcd_lock_timeout": 1, **IMPORTS}
+        settings: dict[str, Any] = {"etcd_lock_ttl": 30, "etcd_lock_timeout": 1, **IMPORTS}
         with project(redis.url, own.url, tmp_path, **settings) as one, publishing(one) as publisher:
             one.worker("-P", "threads", "-c", "2")
             result = publisher.until_end.delay(1, 1.5)
@@ -597,7 +598,7 @@ class TestEtcdAway:
 
     def test_a_run_without_a_lock_ends_its_mark(self, own: EtcdServer, redis: RedisServer, tmp_path: Path) -> None:
         """`on_unavailable="run"`: the mark goes when etcd is back."""
-        settings = {"etcd_lock_timeout": 0.5, **IMPORTS}
+        settings: dict[str, Any] = {"etcd_lock_timeout": 0.5, **IMPORTS}
         with project(redis.url, own.url, tmp_path, **settings) as one, publishing(one) as publisher:
             result = publisher.unlocked.delay(1)
             own.stop()
