@@ -15,6 +15,7 @@ from celery_etcd_lock.exceptions import (
     LockTimeout,
     UnstableKeyError,
 )
+from celery_etcd_lock.tasks import discarded as _discarded
 from celery_etcd_lock.tasks.conflict import Conflict
 from celery_etcd_lock.tasks.current import current_lock
 from celery_etcd_lock.tasks.decorator import singleton_task
@@ -39,3 +40,4 @@ __version__ = "0.1.0"
 
 _logs.connect()
 _events.connect()
+_discarded.connect()

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 from celery_etcd_lock.etcd import TLS, Transport, connect
 from celery_etcd_lock.exceptions import ConfigError
-from celery_etcd_lock.tasks.conflict import Coalesce, Conflict, nearest
+from celery_etcd_lock.tasks.conflict import Conflict, nearest
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -370,10 +370,7 @@ def _scheduler(name: str, value: object) -> str | Callable[..., Any] | None:
 
 
 def _conflict(name: str, value: object) -> Conflict:
-    policy = Conflict.parse(value, name)
-    if isinstance(policy, Coalesce):
-        raise ConfigError(f"{name}: 'coalesce' is not in this version of celery-etcd-lock")
-    return policy
+    return Conflict.parse(value, name)
 
 
 _CHECKS: Final[Mapping[str, Callable[[str, Any], Any]]] = {

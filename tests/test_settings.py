@@ -357,7 +357,7 @@ class TestRefused:
             ("on_conflict", "skpi", "did you mean 'skip'?"),
             ("on_conflict", {"name": "retry", "max_wiat": 1}, "did you mean 'max_wait'?"),
             ("on_conflict", 5, "cannot be of type int"),
-            ("on_conflict", "coalesce", "not in this version"),
+            ("on_conflict", "coalese", "did you mean 'coalesce'?"),
             ("on_lost", "abrt", "did you mean 'abort'?"),
             ("on_lost", "x", "write 'abort' or 'retry' or 'warn'"),
             ("on_unavailable", "wait", "write 'retry' or 'fail' or 'run'"),

@@ -315,6 +315,11 @@ class Contenders:
                 self._unfinished.append(contender)
         self._session.hurry()
 
+    def begin_epoch(self) -> None:
+        """A request that compared the epoch got no answer: what may come of it yet shall fail. The session does it."""
+        self._epoch_due = True
+        self._session.hurry()
+
     # -- what the session does for them in the background
 
     @property

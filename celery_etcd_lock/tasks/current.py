@@ -116,6 +116,11 @@ def enter(request: Context) -> bool:
     return True
 
 
+def has_entered(request: Context) -> bool:
+    """Whether the body of `request` has begun, or its turn was over before that."""
+    return _ENTERED in request.__dict__
+
+
 def _current_lock() -> TaskLock:
     task: Any = current_task
     if not task:

@@ -36,6 +36,7 @@ from celery_etcd_lock.tasks.options import behaviour
 from celery_etcd_lock.tasks.putback import countdown_ceiling, put_back
 from celery_etcd_lock.tasks.reports import Reports
 from celery_etcd_lock.tasks.runtime import Runtime
+from celery_etcd_lock.tasks.standing import Standing
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -62,7 +63,14 @@ def run_alone(
     Signals strike in the body, and while it waits for the lock; else they do when all is done.
     """
     with deferred():
-        return _Turn(task, request, task.lock_name(args, kwargs), body).run()
+        turn = _Turn(task, request, task.lock_name(args, kwargs), body)
+        try:
+            result = turn.run()
+        except BaseException as error:
+            turn.standing.ends(error)
+            raise
+        turn.standing.ends(None)
+        return result
 
 
 class _Turn:
@@ -83,6 +91,8 @@ class _Turn:
         self.reports = Reports(task, self.id, self.waits, self.waited)
         self.ceiling = countdown_ceiling(task.app)
         self.copies = Copies(self.runtime, task, request, self.ceiling)
+        coalesces = isinstance(self.holds.on_conflict, conflict.Coalesce)
+        self.standing = Standing(self.runtime, task, request, name, coalesces=coalesces)
 
     def run(self) -> Any:
         if self.runtime.settings.enabled == "observe":
@@ -131,16 +141,18 @@ class _Turn:
             blocking=blocking,
             timeout=timeout,
             describe=describe,
+            rider=None if self.copies.possible else self.standing.rider,  # where it may have to stand aside after all
             at_least_for=self.holds.at_least_for,
             waiting=allowed,
         )
 
-    def decide(self, contended: LockContended) -> conflict.Action:
+    def decide(self, contended: LockContended, *, others_wait: bool = False) -> conflict.Action:
         return self.holds.on_conflict.decide(
             waits=self.waits.count,
             waited=self.waited,
             same_task=self.is_itself(contended),
             timed_out=isinstance(contended, LockTimeout),
+            others_wait=others_wait,
             ceiling=self.ceiling,
             random=random.random,
         )
@@ -179,6 +191,7 @@ class _Turn:
             try:
                 set_lock(self.request, held)
                 forget_waits(self.request)
+                self.standing.begins(held, ridden=not self.copies.possible)
                 if at_most is not None:
                     held.expire_after(
                         at_most, grace=_GRACE, reason=f"held for longer than lock_at_most_for={at_most} s"
@@ -223,7 +236,7 @@ class _Turn:
                 self.stand_aside(self.copies.look(), contended)
             except EtcdLockError as error:
                 return self.unavailable(error)
-        action = self.decide(contended)
+        action = self.decide(contended, others_wait=self.standing.others_wait(contended))
         outcome = self.outcome(action)
         self.reports.contended(contended, outcome, action.countdown if isinstance(action, conflict.PutBack) else 0.0)
         if isinstance(action, conflict.PutBack) and outcome == "retry":
@@ -252,6 +265,7 @@ class _Turn:
         if consequence == "run":
             logger.warning("etcd_lock.unlocked: %s[%s] runs without its lock: %s", self.task.name, self.id, error)
             set_lock(self.request, Unheld(self.name, str(error)))
+            self.standing.begins_unlocked()
             return _interruptible(self.body)
         if consequence == "fail":
             raise error
@@ -282,7 +296,10 @@ class _Turn:
             set_lock(self.request, Unlocked(self.name))
             logger.warning("etcd_lock.observed: %s[%s] would not lock: %s", self.task.name, self.id, error)
         try:
-            if held is not None:
+            if held is None:
+                self.standing.begins_unlocked()
+            else:
+                self.standing.begins(held, ridden=not self.copies.possible)
                 self.reports.acquired(held, self.holds.on_lost)
             return _interruptible(self.body)
         finally:

@@ -5,6 +5,7 @@
   header that speaks of another task's id (somebody handed their own headers on) is none.
 * ``count``, ``seconds``, ``at``, ``outages``: what the message has waited, and ``times`` how often it was put back
   for whatever reason: see `Waits`; ``again``: there may be copies of it that are as far as it is.
+* ``queued``: when it was published a mark said that it is queued (see `queued`).
 * options for this call, by their names: ``{"on_conflict": "skip"}``.
 """
 
@@ -18,10 +19,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from celery.app.task import Context
 
-__all__ = ["HEADER", "Waits", "addressed", "forget_waits", "nonce_of", "options_in", "was_redelivered", "with_waits"]
+__all__ = [
+    "HEADER",
+    "Waits",
+    "addressed",
+    "flagged_queued",
+    "forget_waits",
+    "is_queued",
+    "nonce_of",
+    "options_in",
+    "was_put_back",
+    "was_redelivered",
+    "with_waits",
+]
 
 HEADER = "etcd_lock"
-_NOT_OPTIONS = frozenset({"of", "nonce", "count", "seconds", "at", "outages", "times", "again"})
+_NOT_OPTIONS = frozenset({"of", "nonce", "count", "seconds", "at", "outages", "times", "again", "queued"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +104,21 @@ def was_redelivered(request: Context) -> bool:
     """Whether the broker has delivered this message before, or one of which this is a copy that was put back."""
     redelivered = (request.delivery_info or {}).get("redelivered")
     return bool(redelivered) or bool(_header_of(request).get("again"))
+
+
+def flagged_queued(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """`headers`, `addressed` ones, of a message whose mark says that it is queued."""
+    return {**headers, HEADER: {**headers[HEADER], "queued": True}}
+
+
+def is_queued(request: Context) -> bool:
+    """Whether there was a mark that said so."""
+    return bool(_header_of(request).get("queued"))
+
+
+def was_put_back(headers: Mapping[str, Any]) -> bool:
+    """Whether these, `addressed` ones, are of a message that is put back."""
+    return bool(headers[HEADER].get("times"))
 
 
 def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[str, Any]:

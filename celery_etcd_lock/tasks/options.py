@@ -12,7 +12,7 @@ from celery import Task
 from celery_etcd_lock.exceptions import ConfigError
 from celery_etcd_lock.locks.queue import EXCLUSIVE, SHARED, Mode, slot_of
 from celery_etcd_lock.settings import ON_LOST, ON_UNAVAILABLE, Settings
-from celery_etcd_lock.tasks.conflict import Coalesce, Conflict, nearest
+from celery_etcd_lock.tasks.conflict import Conflict, nearest
 
 if TYPE_CHECKING:
     from celery_etcd_lock.tasks.task import SingletonTask
@@ -142,10 +142,7 @@ def _more_than_none(option: str, value: Any) -> Any:
 
 
 def _conflict(option: str, value: Any) -> Conflict:
-    policy = Conflict.parse(value, option)
-    if isinstance(policy, Coalesce):
-        raise ConfigError("on_conflict='coalesce' is not in this version of celery-etcd-lock")
-    return policy
+    return Conflict.parse(value, option)
 
 
 def _limit(option: str, value: Any) -> Any:

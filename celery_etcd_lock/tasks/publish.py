@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from celery_etcd_lock.tasks import queued
 from celery_etcd_lock.tasks.message import addressed
 from celery_etcd_lock.tasks.options import FOR_ONE_CALL, for_one_call
 
@@ -24,8 +25,14 @@ def send(
     task_id: str,
     options: dict[str, Any],
 ) -> AsyncResult[Any]:
-    """Publish a call of `task` by `publish`, Celery's own ``apply_async``. `ConfigError` for options without sense."""
-    return publish(args, kwargs, task_id=task_id, **for_this_call(task, task_id, options))
+    """Publish a call of `task` by `publish`, Celery's own ``apply_async``, unless `queued` has something against it.
+
+    `ConfigError` for options without sense.
+    """
+    options = for_this_call(task, task_id, options)
+    if queued.applies(task, options):
+        return queued.send(task, publish, args, kwargs, task_id, options)
+    return publish(args, kwargs, task_id=task_id, **options)
 
 
 def for_this_call(task: SingletonTask, task_id: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -20,11 +21,13 @@ from celery_etcd_lock.etcd import Transport
 from celery_etcd_lock.exceptions import LockLost
 from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import Mode
+from celery_etcd_lock.locks.rider import Rider
 from celery_etcd_lock.locks.session import Session
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.instance import instance
 from celery_etcd_lock.tasks.leases import Leases
 from celery_etcd_lock.tasks.outage import Outage
+from celery_etcd_lock.tasks.respite import Respite
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -42,6 +45,7 @@ class Runtime:
         self.settings = Settings.from_app(app)
         self.outage = Outage(self.settings)
         self.leases = Leases()
+        self.respite = Respite()
         self._session: Session | None = None
         self._transport: Transport | None = None
         self._opening = threading.Lock()
@@ -102,15 +106,24 @@ class Runtime:
             self._transport = self.settings.connect()
         return self._transport
 
-    def acquire(self, name: str, mode: Mode, **options: Any) -> HeldLock:
-        """As `locks.acquire`, with its options; a session that turns out to be lost is replaced once."""
+    def acquire(
+        self, name: str, mode: Mode, *, rider: Callable[[Session], Rider | None] | None = None, **options: Any
+    ) -> HeldLock:
+        """As `locks.acquire`, with its options; a session that turns out to be lost is replaced once.
+
+        `rider` makes it for the session whose lock it is going to be.
+        """
+
+        def acquired(session: Session) -> HeldLock:
+            return acquire(session, name, mode, rider=rider and rider(session), **options)
+
         session = self.session()
         try:
-            return acquire(session, name, mode, **options)
+            return acquired(session)
         except LockLost:
             if not session.lost:
                 raise
-        return acquire(self.session(), name, mode, **options)
+        return acquired(self.session())
 
     def close(self) -> None:
         """End the session, and give back all that hangs on it. The next `session` opens another."""

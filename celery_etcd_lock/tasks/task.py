@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SingletonTask"]
 
-_LATER = frozenset({"unique_queued", "on_duplicate"})
 _NOT_PLAIN = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
@@ -161,8 +160,6 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
     @classmethod
     def _check(cls, name: str) -> None:
         """Make the rule for the keys and the mode, or say what is wrong."""
-        for option in sorted(_LATER & set(_options_set(cls))):
-            raise ConfigError(f"task {name}: {option} is not in this version of celery-etcd-lock")
         for wrong, instead in options.near_misses(_options_set(cls)):
             warnings.warn(
                 f"task {name}: {wrong} is no option of a singleton task and does nothing: write {instead}",

@@ -31,7 +31,9 @@ class Options(TypedDict, total=False):
     lock_key: str | Callable[..., object]
     lock_mode: Literal["exclusive", "shared"]
     lock_limit: int
-    on_conflict: Conflict | Literal["retry", "skip", "wait", "fail"]
+    unique_queued: Literal["until_start", "until_end"]
+    on_duplicate: Literal["return", "raise"]
+    on_conflict: Conflict | Literal["retry", "skip", "wait", "fail", "coalesce"]
     on_lost: Literal["abort", "retry", "warn"]
     on_unavailable: Literal["retry", "fail", "run"]
 

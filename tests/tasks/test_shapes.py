@@ -202,14 +202,14 @@ class TestOptions:
             ({"on_conflict": lambda: None}, "on_conflict"),
             ({"on_lost": "abourt"}, "abort"),
             ({"on_unavailable": print}, "on_unavailable"),
-            ({"unique_queued": "until_start"}, "not in this version"),
+            ({"unique_queued": "until_begin"}, "until_start.*until_end"),
             ({"lock_mode": "shred"}, "lock_mode.*shared"),
             ({"lock_mode": ["shared"]}, "lock_mode"),
             ({"lock_limit": 0}, "lock_limit"),
             ({"lock_limit": True}, "lock_limit"),
             ({"lock_limit": "3"}, "lock_limit"),
             ({"lock_mode": "shared", "lock_limit": 3}, "lock_mode and lock_limit"),
-            ({"on_conflict": "coalesce"}, "not in this version"),
+            ({"on_duplicate": "rais"}, "perhaps 'raise'"),
         ],
     )
     def test_what_cannot_be_meant_is_refused_when_the_task_is_made(

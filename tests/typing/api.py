@@ -53,6 +53,16 @@ def misspelt(account_id: int) -> int:
     return account_id
 
 
+@singleton_task(unique_queued="until_start", on_duplicate="raise", on_conflict="coalesce")
+def queued_once(account_id: int) -> int:
+    return account_id
+
+
+@singleton_task(unique_queued="until_begin")  # type: ignore[call-overload]
+def queued_till_when(account_id: int) -> int:
+    return account_id
+
+
 @singleton_task(lock_mode="shared", lock_key="/catalog")
 def reads(account_id: int) -> int:
     return account_id
