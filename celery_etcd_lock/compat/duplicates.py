@@ -23,7 +23,8 @@ class DuplicateTaskError(exceptions.DuplicateTaskError):
 class AlreadyQueued(exceptions.DuplicateTaskError):
     """celery-once's: the same task is queued or runs already. ``args == (countdown, task, task_id)``.
 
-    `countdown`: seconds until the mark of that one lapses, if nothing is heard of it until then.
+    `countdown`: seconds until it does not count any more, if nothing is heard of it until then. It counts again and
+    again for as long as it runs.
     """
 
     def __init__(self, countdown: float = 0.0, task: str = "", task_id: str = "") -> None:
@@ -43,5 +44,8 @@ class AlreadyQueued(exceptions.DuplicateTaskError):
         return str(self)
 
     def __str__(self) -> str:
-        what = f"{self.args[1] or 'the task'} is queued already"
-        return f"{what}{f', as {self.task_id}' if self.task_id else ''}, for {self.countdown:.0f} s more at most"
+        known = f", as {self.task_id}" if self.task_id else ""
+        return (
+            f"{self.args[1] or 'the task'} is queued already{known}: for {self.countdown:.0f} s more, if nothing is "
+            "heard of it until then"
+        )

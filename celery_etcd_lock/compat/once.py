@@ -46,7 +46,7 @@ class QueueOnce(ForeignTask):
     """
 
     abstract = True
-    once: Mapping[str, Any] = {"graceful": False, "unlock_before_run": False}
+    once: ClassVar[Mapping[str, Any]] = {"graceful": False, "unlock_before_run": False}
 
     _foreign: ClassVar[frozenset[str]] = frozenset({"once"})
     _calls: ClassVar[Mapping[str, str]] = {

@@ -49,8 +49,8 @@ def from_singleton(options: Mapping[str, Any], conf: Mapping[str, Any]) -> Trans
     which = _which(unique_on)
     if which["lock_key"]:
         notes.append(
-            f"unique_on={unique_on!r} is taken as one for the whole task, as celery-singleton's documentation says; its "
-            "releases up to 0.3.1 took it as all arguments: for that leave out unique_on, and lock_key too"
+            f"unique_on={unique_on!r} is taken as one for the whole task, as celery-singleton's documentation says; "
+            "its releases up to 0.3.1 took it as all arguments: for that leave out unique_on, and lock_key too"
         )
     if raises is None:
         raises = conf.get("singleton_raise_on_duplicate")
