@@ -245,7 +245,7 @@ class TestSingletonPublishes:
             apps.delay()
             assert 100 <= marks.lasts() <= 100 * SLICE
             apps.release_lock()
-            del app.conf["singleton_lock_expiry"]
+            app.conf.singleton_lock_expiry = None
             apps.delay()
             assert 5000 <= marks.lasts() <= 5000 * SLICE
 
