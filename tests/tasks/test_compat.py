@@ -350,17 +350,17 @@ class TestOncePublishes:
 
     @pytest.mark.parametrize(("once", "settings", "of_call", "seconds"), [
         ({}, {"default_timeout": 60}, {}, 60),
-        ({"timeout": 90}, {"default_timeout": 60}, {}, 90),
-        ({"timeout": 90}, {"default_timeout": 60}, {"timeout": 120}, 120),
+        ({"timeout": 200}, {"default_timeout": 60}, {}, 200),
+        ({"timeout": 200}, {"default_timeout": 60}, {"timeout": 700}, 700),
         ({}, None, {}, 3600),
-        ({"timeout": None}, None, {}, 5000),
+        ({"timeout": None}, None, {}, 9000),
     ])  # fmt: skip
     def test_timeout(
         self, queue: Project, marks: Marks, once: Any, settings: Any, of_call: Any, seconds: float
     ) -> None:
         """Of the call, else of the task, else of ``ONCE``, else an hour; None is for ever there, here it is ours."""
         conf = {} if settings is None else {"ONCE": {"backend": "x", "settings": settings}}
-        with client(queue, etcd_lock_queued_ttl=5000, **conf) as app:
+        with client(queue, etcd_lock_queued_ttl=9000, **conf) as app:
 
             @app.task(base=QueueOnce, once=once)
             def f() -> None: ...
