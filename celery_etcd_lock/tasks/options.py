@@ -26,6 +26,8 @@ OPTIONS: Final = (
 _MODES: Final = {"exclusive": EXCLUSIVE, "shared": SHARED}
 _CELERYS: Final = frozenset(dir(Task))
 _INSTEAD: Final = {
+    "once": "unique_queued and on_duplicate, or base=celery_etcd_lock.compat.QueueOnce",
+    "raise_on_duplicate": 'unique_queued="until_end", on_duplicate="raise", or base=celery_etcd_lock.compat.Singleton',
     "lock_expiry": "etcd_lock_ttl on the app: one lease serves the whole process, and is renewed while the body runs",
     "lock_ttl": "etcd_lock_ttl on the app: one lease serves the whole process, and is renewed while the body runs",
 }

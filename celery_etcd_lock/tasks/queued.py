@@ -142,7 +142,7 @@ def long_ttl(task: SingletonTask, options: Mapping[str, Any]) -> float:
     """Seconds for which the mark of a message published with these options stands, if nobody takes it away."""
     countdown, eta = options.get("countdown"), options.get("eta")
     begins = max(0.0, _seconds_until(task.app, countdown or eta))
-    ttl = begins + Settings.from_app(task.app).queued_ttl
+    ttl = begins + task._queued_ttl()
     expires = options.get("expires", task.expires)
     if expires is not None:
         ttl = min(ttl, max(0.0, _seconds_until(task.app, expires)) + _GRACE)

@@ -72,6 +72,8 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
 
     _key_rule: ClassVar[KeyRule | None] = None
     _mode: ClassVar[Mode] = EXCLUSIVE
+    _foreign: ClassVar[frozenset[str]] = frozenset()
+    """Options of another package's, which a base class translates."""
 
     @property
     def lock(self) -> TaskLock:
@@ -99,6 +101,10 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
             set_lock(request, Unlocked())
             return self._call_body(args, kwargs)
         return run_alone(self, request, args, kwargs, lambda: self._call_body(args, kwargs))
+
+    def _queued_ttl(self) -> float:
+        """Seconds for which a mark stands that says that a message of this task is queued, from its eta on."""
+        return Settings.from_app(self.app).queued_ttl
 
     def _call_body(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Any = super().__call__
@@ -160,7 +166,7 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
     @classmethod
     def _check(cls, name: str) -> None:
         """Make the rule for the keys and the mode, or say what is wrong."""
-        for wrong, instead in options.near_misses(_options_set(cls)):
+        for wrong, instead in options.near_misses(set(_options_set(cls)) - cls._foreign):
             warnings.warn(
                 f"task {name}: {wrong} is no option of a singleton task and does nothing: write {instead}",
                 stacklevel=2,

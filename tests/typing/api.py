@@ -8,6 +8,7 @@ from celery import Celery
 from typing_extensions import assert_type
 
 from celery_etcd_lock import Conflict, SingletonTask, current_lock, singleton_task
+from celery_etcd_lock.compat import AlreadyQueued, DuplicateTaskError, QueueOnce, Singleton, clear_locks
 from celery_etcd_lock.locks import Election, HeldLock, Leader, Leadership, Mutex, RWLock, Semaphore, Session
 
 app = Celery()
@@ -81,6 +82,31 @@ def misread(account_id: int) -> int:
 @singleton_task(on_lost="abourt")  # type: ignore[call-overload]
 def wrong(account_id: int) -> int:
     return account_id
+
+
+@app.task(base=Singleton, unique_on=["account_id"], raise_on_duplicate=True, lock_expiry=60)
+def from_singleton(account_id: int) -> int:
+    return account_id
+
+
+@app.task(base=QueueOnce, once={"keys": [], "graceful": True})
+def from_once(account_id: int) -> int:
+    return account_id
+
+
+def publishes() -> None:
+    try:
+        from_singleton.delay(1)
+        from_once.apply_async((1,), once={"graceful": False})
+    except AlreadyQueued as queued:
+        assert_type(queued.countdown, float)
+    except DuplicateTaskError as duplicate:
+        assert_type(duplicate.task_id, str)
+    clear_locks(app)
+
+
+class OfAClass(QueueOnce):
+    once = {"graceful": True}  # noqa: RUF012 as their documentation has it
 
 
 def by_itself(session: Session) -> int:
