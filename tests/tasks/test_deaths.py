@@ -137,7 +137,7 @@ class TestInOtherWorkers:
             project.send("dying", number, "3", "k1")
         until(lambda: len(runs_of(project, "k1")) == 3, "the last", seconds=3 * AT_ONCE)
         until(lambda: not under(project, "locks/"), "its end", seconds=AT_ONCE)
-        assert worker.output.count("etcd_lock.orphans_freed") == 3
+        until(lambda: worker.output.count("etcd_lock.orphans_freed") == 3, "the word of each")
         assert project.send("waiting", 1, 0.01, "k1").get(timeout=60) == 1
         assert "ConfigError" not in worker.output
 
