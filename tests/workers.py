@@ -186,6 +186,11 @@ class Project:
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
+        # Results that were not waited for would unsubscribe when they go, from a broker that is gone by then.
+        consumer: Any = getattr(self.app.backend, "result_consumer", None)
+        if getattr(consumer, "_pubsub", None):
+            consumer._pubsub.close()
+            consumer._pubsub = None
         self.app.close()
         # Celery and redis-py leave sockets to the garbage collector, which would complain of them in another test.
         with warnings.catch_warnings():

@@ -16,7 +16,7 @@ POLICIES = {
     "retry": Conflict.retry(countdown=0.2),
     "skip": Conflict.skip(result="skipped"),
     "continue": Conflict.skip(result="skipped", chain="continue"),
-    "wait": Conflict.wait(timeout=120),
+    "wait": Conflict.wait(timeout=600),
     "fail": Conflict.fail(),
 }
 

@@ -52,8 +52,12 @@ def send_held(running: Project, task: str, options: dict[str, Any] | None = None
     key = uuid.uuid4().hex[:8]
     with held_elsewhere(running.app.tasks["locking"], key):
         result = running.app.send_task(task, kwargs={"key": key, **arguments}, **options or {})
-        until(lambda: running.workers[0].output.count(f"[{result.id}] retry") >= 3, "three waits", seconds=BOUND)
+        until(lambda: count_waits(running, result) >= 3, "three waits", seconds=BOUND)
     return result
+
+
+def count_waits(running: Project, result: AsyncResult[Any]) -> int:
+    return running.workers[0].output.count(f"[{result.id}] retry")
 
 
 def outcome(result: AsyncResult[Any]) -> Any:
@@ -118,9 +122,9 @@ def test_ignore_and_reject_are_as_without_the_lock(running: Project, kind: str) 
     rejected = [send(running, f"{one}_rejects", uuid.uuid4().hex[:8], requeue=False) for one in ("plain", kind)]
     for result in (*ignored, *rejected):
         ended = re.compile(rf"\[{result.id}\] (?!received)")
-        until(lambda ended=ended: ended.search(running.workers[0].output), "its end", seconds=BOUND)
+        until(lambda: ended.search(running.workers[0].output), "its end", seconds=BOUND)  # noqa: B023 - called at once
     for plain, locked in (ignored, rejected):
-        until(lambda plain=plain, locked=locked: locked.state == plain.state, "the same state", seconds=BOUND)
+        until(lambda: locked.state == plain.state, "the same state", seconds=BOUND)  # noqa: B023
     assert outcome(send(running, f"{kind}_raises", key, times=0)) == 0, "the lock is free"
 
 
@@ -129,7 +133,8 @@ def test_a_message_that_waited_for_its_lock_is_the_same_message(running: Project
     told = []
     for kind in ("plain", "retrying"):
         key = uuid.uuid4().hex[:8]
-        signature = running.app.signature(f"{kind}_echoes", kwargs={"key": key}).set(
+        signature: Any = running.app.signature(f"{kind}_echoes", kwargs={"key": key})
+        signature.set(
             headers={"of-the-user": "1"}, priority=3, expires=3000, time_limit=500, soft_time_limit=400,
             shadow="shade", reply_to="there", queue=f"{running.queue}-other",
         )  # fmt: skip
@@ -138,8 +143,7 @@ def test_a_message_that_waited_for_its_lock_is_the_same_message(running: Project
         with held_elsewhere(running.app.tasks["locking"], key):
             result = signature.apply_async()
             if kind == "retrying":
-                waits = lambda result=result: running.workers[0].output.count(f"[{result.id}] retry")  # noqa: E731
-                until(lambda waits=waits: waits() >= 3, "three waits", seconds=BOUND)
+                until(lambda: count_waits(running, result) >= 3, "three waits", seconds=BOUND)  # noqa: B023
         told.append(result.get(timeout=BOUND))
     plain, waited = told
     for one in told:
