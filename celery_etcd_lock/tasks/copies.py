@@ -27,7 +27,6 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import quote
 
@@ -36,7 +35,7 @@ from celery import states
 
 from celery_etcd_lock.etcd.api import Compare, Delete, Operation, Put, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError
-from celery_etcd_lock.tasks.message import Waits, nonce_of, was_redelivered
+from celery_etcd_lock.tasks.message import Waits, nonce_of, unix_time, was_redelivered
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -207,14 +206,8 @@ class Copies:
 
 def _late(request: Context, ceiling: float) -> bool:
     """Whether it began so long after its eta that the broker may have delivered it to somebody else meanwhile."""
-    eta: Any = request.eta
-    try:
-        due = datetime.fromisoformat(eta.replace("Z", "+00:00")) if isinstance(eta, str) else eta
-        if due.tzinfo is None:
-            due = due.replace(tzinfo=timezone.utc)
-        return bool(time.time() - due.timestamp() > ceiling / 2)
-    except (AttributeError, TypeError, ValueError):
-        return False
+    due = unix_time(request.eta)
+    return due is not None and time.time() - due > ceiling / 2
 
 
 def _finish(task: Any = None, state: str | None = None, **_: Any) -> None:

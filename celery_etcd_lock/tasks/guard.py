@@ -33,7 +33,7 @@ from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
 from celery_etcd_lock.tasks.interrupts import allowed, deferred
 from celery_etcd_lock.tasks.message import Waits, forget_waits, options_in
 from celery_etcd_lock.tasks.options import behaviour
-from celery_etcd_lock.tasks.putback import countdown_ceiling, put_back
+from celery_etcd_lock.tasks.putback import countdown_ceiling, expires_within, put_back
 from celery_etcd_lock.tasks.reports import Reports
 from celery_etcd_lock.tasks.runtime import Runtime
 from celery_etcd_lock.tasks.standing import Standing
@@ -272,8 +272,10 @@ class _Turn:
         reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
         raise self.put_back(self.waits.unavailable(self.now), reason, self.pause())
 
-    def put_back(self, waits: Waits, reason: Exception, countdown: float = 0.0) -> Retry:
+    def put_back(self, waits: Waits, reason: Exception, countdown: float = 0.0) -> Exception:
         """Send the message again; returns what to raise."""
+        if self.request.chain and expires_within(self.request, countdown):
+            return reason  # Celery would discard it in silence, and whoever waits for the chain's end would for ever
         retry = put_back(self.task, self.request, waits, reason, countdown, again=self.copies.overdue)
         if not isinstance(reason, EtcdUnavailable):
             self.copies.put_back()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "is_queued",
     "nonce_of",
     "options_in",
+    "unix_time",
     "was_put_back",
     "was_redelivered",
     "with_waits",
@@ -119,6 +121,15 @@ def is_queued(request: Context) -> bool:
 def was_put_back(headers: Mapping[str, Any]) -> bool:
     """Whether these, `addressed` ones, are of a message that is put back."""
     return bool(headers[HEADER].get("times"))
+
+
+def unix_time(moment: Any) -> float | None:
+    """An eta or expiry as a message has it (ISO 8601, UTC unless it says otherwise), in Unix time; None for none."""
+    try:
+        when = datetime.fromisoformat(moment.replace("Z", "+00:00")) if isinstance(moment, str) else moment
+        return float((when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp())
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[str, Any]:

@@ -7,17 +7,18 @@ header ``etcd_lock``: see `message`.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Retry
 
-from celery_etcd_lock.tasks.message import Waits, with_waits
+from celery_etcd_lock.tasks.message import Waits, unix_time, with_waits
 
 if TYPE_CHECKING:
     from celery import Celery, Task
     from celery.app.task import Context
 
-__all__ = ["countdown_ceiling", "put_back"]
+__all__ = ["countdown_ceiling", "expires_within", "put_back"]
 
 
 def put_back(
@@ -44,6 +45,12 @@ def put_back(
         request.called_directly = False
     when: Any = countdown
     return Retry(f"Retry in {countdown:.1f}s: {reason}", exc=reason, when=when, sig=signature)
+
+
+def expires_within(request: Context, seconds: float) -> bool:
+    """Whether the message of `request` will have expired by then."""
+    expires = unix_time(request.expires)
+    return expires is not None and expires <= time.time() + seconds
 
 
 def countdown_ceiling(app: Celery) -> float:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from celery.exceptions import MaxRetriesExceededError
+from celery import chain
+from celery.exceptions import MaxRetriesExceededError, TaskRevokedError
 from celery.result import AsyncResult
 
-from celery_etcd_lock import SingletonTask
+from celery_etcd_lock import LockContended, SingletonTask
 from celery_etcd_lock.testing import EtcdServer, held_elsewhere
 from tests.servers import RedisServer
 from tests.workers import Project, project, until
@@ -29,7 +30,7 @@ def of_key(key: str) -> None:
 
 @pytest.fixture(scope="module")
 def running(redis: RedisServer, etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    settings = {"imports": ["retries"]}
+    settings: Any = {"imports": ["retries"]}
     with project(redis.url, etcd.url, tmp_path_factory.mktemp("retries"), **settings) as made:
         made.app.conf.update(etcd_lock_namespace=made.queue, etcd_lock_endpoints=etcd.url)
         made.app.task(base=SingletonTask, name="locking", lock_key="/{key}")(of_key)
@@ -161,3 +162,22 @@ def test_a_message_whose_result_nobody_wants_stores_none_after_waiting(running: 
     result = send_held(running, "retrying_echoes", {"ignore_result": True})
     until(lambda: f"[{result.id}] succeeded" in running.workers[0].output, "its end", seconds=BOUND)
     assert running.app.AsyncResult(result.id).state != "SUCCESS"
+
+
+def test_a_link_that_expires_while_it_waits_fails_its_chain(running: Project) -> None:
+    """Celery would discard it in silence, and `get` on the chain's end would wait for ever; alone it is discarded."""
+
+    @running.app.task(base=SingletonTask, name="retrying", unique_on="key")
+    def retrying(number: int, seconds: float = 0.05, key: str = "k") -> None: ...
+
+    link = running.app.signature("retrying", (1,), {"key": "expiring"}).set(expires=2)
+    with held_elsewhere(retrying, 1, key="expiring"):
+        chained = chain(
+            link.clone(), running.app.signature("retrying", (0.0, "other"), immutable=True), app=running.app
+        )
+        end = chained.apply_async()
+        alone = link.apply_async()
+        with pytest.raises(LockContended, match="key=expiring is held"):
+            end.get(timeout=BOUND)
+        with pytest.raises(TaskRevokedError, match="expired"):
+            alone.get(timeout=BOUND)
