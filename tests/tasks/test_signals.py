@@ -175,6 +175,7 @@ class TestSignals:
             results.append(task.apply((number,), throw=False).result)
 
         signals.lock_lost.connect(receiver)
+        app.finalize()  # Celery's lazy tasks are not made by two threads at once
         try:
             threads = [threading.Thread(target=run, args=(number,)) for number in (1, 2)]
             for thread in threads:
