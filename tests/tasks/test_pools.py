@@ -74,7 +74,7 @@ class EveryPool:
         for worker in made.workers:
             worker.process.send_signal(signal.SIGTERM)
         assert [worker.process.wait(60) for worker in made.workers] == [0] * self.workers
-        assert made.keys() == [], "at once, and not after the TTL"
+        assert made.keys("locks/") == made.keys("sessions/") == [], "at once, and not after the TTL"
         assert last.get(timeout=30) == -1
         assert not any("Traceback" in worker.output for worker in made.workers)
 
