@@ -23,8 +23,11 @@ from kombu.exceptions import OperationalError
 from celery_etcd_lock import ConfigError, DuplicateTaskError, LockContended, UnstableKeyError
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Put, Txn
+from celery_etcd_lock.exceptions import EtcdUnavailable, LeaseNotFound
 from celery_etcd_lock.tasks import queued
 from celery_etcd_lock.tasks.marks import Mark, task_id_in
+from celery_etcd_lock.tasks.message import addressed
+from celery_etcd_lock.tasks.runtime import Runtime
 from celery_etcd_lock.testing import EtcdServer
 from tests.servers import RedisServer
 from tests.tasks.publishing import IMPORTS, Publisher, publishing, race
@@ -255,6 +258,25 @@ class TestPublishing:
         assert f"etcd_lock.duplicate: until_start[another] is not published: it is queued already, as {first.id}" in (
             caplog.text
         )
+
+    @pytest.mark.parametrize("meanwhile", ["taken", "moved"])
+    def test_a_worker_that_is_quicker_than_the_confirmation(self, idle: Publisher, key: str, meanwhile: str) -> None:
+        """The message has begun, or ended, before its publisher confirms the mark: that changes nothing any more."""
+        transport = connect(idle.project.etcd_url)
+        running = transport.lease_grant(60).lease
+
+        def publish(*_args: Any, task_id: str, **_options: Any) -> Any:
+            mark = Mark.queued(idle.until_end.lock_name((1,), {"key": key}), task_id)
+            change = mark.delete() if meanwhile == "taken" else mark.put(running)
+            assert transport.txn(Txn([mark.is_ours()], [change])).succeeded
+            return idle.app.AsyncResult(task_id)
+
+        headers = addressed({}, key, {})
+        assert queued.send(idle.until_end, publish, (1,), {"key": key}, key, {"headers": headers}).id == key
+        mark = idle.mark(key)
+        assert (mark.lease if mark else None) == (None if meanwhile == "taken" else running)
+        transport.lease_revoke(running)
+        transport.close()
 
     def test_send_task_by_name_does_not_ask(self, idle: Publisher, key: str) -> None:
         """It never reaches the task's class."""
@@ -545,8 +567,32 @@ class TestEtcdAway:
 
             until(marked, "the first mark")
             assert "etcd is back after" in caplog.text
-            # What the hanging server had not answered leaves nothing that keeps anybody from publishing.
-            until(lambda: publisher.mark("until_start/-") is None, "the revocation of what was claimed in vain")
+
+    def test_a_claim_without_an_answer_cannot_be_carried_out_late(
+        self, idle: Publisher, key: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its message may have begun by then: the lease that it was to hang on is revoked."""
+        with publishing(idle.project, etcd_lock_namespace=key) as hiccuping:
+            transport = Runtime.of(hiccuping.app).transport()
+            late: list[Txn] = []
+
+            def swallowed(txn: Txn, *, timeout: float | None = None) -> Any:
+                late.append(txn)
+                raise EtcdUnavailable("no answer", True)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(transport, "txn", swallowed)
+                assert published(idle, lambda: hiccuping.until_start.delay(1)) == 1
+
+            def refused() -> bool:
+                try:
+                    transport.txn(late[0])
+                except LeaseNotFound:
+                    return True
+                return False
+
+            until(refused, "the end of the lease")
+            assert hiccuping.marks() == []
 
     def test_dead_hosts_and_other_servers(self, idle: Publisher, key: str) -> None:
         """A port that nobody listens at, a server that never says a word, an address that swallows packets, one that
