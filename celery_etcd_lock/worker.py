@@ -7,7 +7,7 @@ import contextlib
 import multiprocessing.util
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from celery_etcd_lock.orphans import LOOK_EVERY, Orphans
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks import instance
 from celery_etcd_lock.tasks.errands import Errands
+from celery_etcd_lock.tasks.runtime import close_all
 
 __all__ = ["CheckSettings", "Locks"]
 
@@ -60,7 +61,10 @@ class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
 
     def start(self, parent: Any) -> None:
         settings = Settings.from_app(parent.app)
-        if not settings.enabled or not _forks(parent):
+        if not settings.enabled:
+            return
+        if not _forks(parent):
+            atexit.register(_close)
             return
         errands = Errands.of(parent.app, forks=True)
         orphans = Orphans(errands, sessions_prefix(settings), lambda: _processes(parent))
@@ -75,11 +79,28 @@ class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
 def _finish(orphans: Orphans, errands: Errands, pid: int) -> None:
     if os.getpid() != pid:
         return  # somebody's fork that ends as Python programs do
-    for name in ("SIGINT", "SIGTERM", "SIGQUIT"):  # whoever cannot wait any longer need not: this is bounded
-        with contextlib.suppress(ValueError, OSError):  # not in the main thread
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    orphans.end_with_parent()
-    errands.close(within=_AT_EXIT)
+    with _undisturbed():
+        orphans.end_with_parent()
+        errands.close(within=_AT_EXIT)
+
+
+def _close() -> None:
+    with _undisturbed():
+        close_all()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """At the end of a process: Celery's handlers raise, for who cannot wait any longer. This is bounded."""
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGQUIT", signal.SIGTERM)):
+            before.setdefault(number, signal.signal(number, signal.SIG_IGN))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _at_the_very_end(finish: Callable[[], None]) -> None:

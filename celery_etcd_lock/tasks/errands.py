@@ -63,10 +63,11 @@ class Errands:
         self._changed = threading.Condition()
         self._waiting: deque[_Errand] = deque()
         self._closing = False
-        self._hurried = False
         self._thread: threading.Thread | None = None
+        self._watcher: threading.Thread | None = None
         self._look: Callable[[], bool] | None = None
-        self._every: float | None = None
+        self._look_now = threading.Event()
+        self._watched_enough = False
         self._transport: Transport | None = None
         self._away = False
         self._again = 0.0
@@ -118,27 +119,44 @@ class Errands:
         return answers[0]()
 
     def watch(self, look: Callable[[], bool], *, every: float) -> None:
-        """Call `look` in the thread: every so many seconds, soon after each fork, and soon again if it says so."""
-        self._look, self._every = look, every
-        self._begin()
+        """Call `look` in a thread: every so many seconds, soon after each fork, and soon again if it says so.
+
+        It has a thread to itself: what it looks for may come and go while an errand is under way.
+        """
+        self._look = look
+        self._watcher = threading.Thread(target=self._watch, args=[every], name="etcd-lock-watch", daemon=True)
+        self._watcher.start()
 
     def hurry(self) -> None:
         """Look now."""
-        with self._changed:
-            self._hurried = True
-            self._changed.notify_all()
+        self._look_now.set()
 
     def close(self, within: float) -> None:
         """Look once more, do what waits, and end; not longer than `within` seconds. Never raises."""
+        if os.getpid() != self._pid:
+            return
         deadline = time.monotonic() + within
+        self._watched_enough = True
+        self.hurry()
+        if self._watcher is not None:
+            self._watcher.join(max(0.0, deadline - time.monotonic()))
         with self._changed:
             self._closing = True
             self._changed.notify_all()
             thread = self._thread
-        if thread is not None and os.getpid() == self._pid:
+        if thread is not None:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    # -- the thread
+    # -- the threads
+
+    def _watch(self, every: float) -> None:
+        while True:
+            self._look_now.clear()
+            last = self._watched_enough  # before the look: one look comes after it
+            soon = self._looks()
+            if last:
+                return
+            self._look_now.wait(_SOON if soon else every)
 
     def _begin(self) -> None:
         with self._changed:
@@ -149,19 +167,13 @@ class Errands:
     def _run(self) -> None:
         while True:
             with self._changed:
-                closing, self._hurried = self._closing, False  # before the look: one look comes after it
-            soon = self._looks()
+                closing = self._closing
             waits = not self._work(closing)
             if closing:
                 return
             with self._changed:
-                if not (self._hurried or self._closing or (self._waiting and not waits)):
-                    self._changed.wait(_SOON if soon else self._pause(waits))
-
-    def _pause(self, waits: bool) -> float | None:
-        if not waits:
-            return self._every
-        return max(0.0, min(self._again - time.monotonic(), self._every or _PAUSE))
+                if not (self._closing or (self._waiting and not waits)):
+                    self._changed.wait(max(0.0, self._again - time.monotonic()) if waits else None)
 
     def _looks(self) -> bool:
         try:

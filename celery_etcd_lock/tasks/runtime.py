@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from celery_etcd_lock.locks.held import HeldLock
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "close_all"]
 
 
 class Runtime:
