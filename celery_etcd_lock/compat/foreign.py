@@ -137,7 +137,7 @@ class ForeignTask(SingletonTask):
 
     def _mark_key(self, args: Any, kwargs: Any) -> str:
         """Where in etcd it says that a message with these arguments is queued."""
-        return Mark.queued(self.lock_name(tuple(args or ()), dict(kwargs or {})), "").key
+        return Mark.queued(self.lock_name(tuple(args or ()), dict(kwargs or {})), self.name, "").key
 
 
 _said: WeakKeyDictionary[Celery, set[str]] = WeakKeyDictionary()

@@ -97,5 +97,5 @@ def clear_locks(app: Celery) -> None:
         CompatWarning,
         stacklevel=2,
     )
-    prefix = Mark.queued(lock_name(Settings.from_app(app).namespace, "-", "-"), "").key.removesuffix("-/-")
+    prefix = Mark.queued(lock_name(Settings.from_app(app).namespace, "-", "-"), "-", "").key.removesuffix("-/-")
     delete_marks(app, prefix, prefix_end(prefix))

@@ -48,7 +48,7 @@ def _discard(task: Any, task_id: Any, args: Any, kwargs: Any) -> None:
     except EtcdLockError as error:
         logger.debug("etcd_lock.not_unmarked: %s[%s]: %s", task.name, task_id, error)
         return
-    marks = [Mark.queued(lock, str(task_id))] if task.unique_queued else []
+    marks = [Mark.queued(lock, task.name, str(task_id))] if task.unique_queued else []
     take_away(task, [*marks, Mark.waiting(lock, task.name, str(task_id))] if _coalesces(task) else marks)
 
 

@@ -4,9 +4,9 @@
   also while it runs.
 * ``/<namespace>/waiting/<task>/<key>``: a message has found the lock taken, and its `Conflict.coalesce` lets it wait.
 
-Task and key are those of the lock's name, ``/<namespace>/locks/<task>/<key>``. Of a lock that several tasks share
-(``/<namespace>/locks/@shared/<key>``) the queued mark is shared too, ``/<namespace>/queued/@shared/<key>``. The waiting
-mark never is, for the one who waits does the work of its own task only: ``/<namespace>/waiting/<task>/%2F<key>``.
+Task and key are those of the lock's name, ``/<namespace>/locks/<task>/<key>``. A mark is of one task also where several
+share a lock (``/<namespace>/locks/@shared/<key>``), for a message does the work of no other task:
+``/<namespace>/queued/<task>/%2F<key>``.
 
 The value is ``{"task_id":"…"}``, written one way, so that it can be compared: whose a mark is decides who may move or
 delete it. The layout is public: a rolling deploy mixes versions.
@@ -34,18 +34,14 @@ class Mark:
     value: bytes
 
     @classmethod
-    def queued(cls, lock: str, task_id: str) -> Mark:
-        """Of the message `task_id`, whose lock's name is `lock`."""
-        _, namespace, _, rest = lock.split("/", 3)
-        return cls(f"/{namespace}/queued/{rest}", _value(task_id))
+    def queued(cls, lock: str, task: str, task_id: str) -> Mark:
+        """Of the message `task_id` of `task`, whose lock's name is `lock`."""
+        return cls(_key("queued", lock, task), _value(task_id))
 
     @classmethod
     def waiting(cls, lock: str, task: str, task_id: str) -> Mark:
         """Of the message `task_id` of `task`, whose lock's name is `lock`."""
-        _, namespace, _, owner, key = lock.split("/", 4)
-        if owner == _SHARED:
-            owner, key = lock_name("-", task, "-").split("/")[3], _SLASH + key
-        return cls(f"/{namespace}/waiting/{owner}/{key}", _value(task_id))
+        return cls(_key("waiting", lock, task), _value(task_id))
 
     def is_ours(self) -> Compare:
         return Compare(self.key, "value", "==", self.value)
@@ -58,6 +54,13 @@ class Mark:
 
     def delete(self) -> Delete:
         return Delete(self.key)
+
+
+def _key(kind: str, lock: str, task: str) -> str:
+    _, namespace, _, owner, key = lock.split("/", 4)
+    if owner == _SHARED:
+        owner, key = lock_name("-", task, "-").split("/")[3], _SLASH + key
+    return f"/{namespace}/{kind}/{owner}/{key}"
 
 
 def _value(task_id: str) -> bytes:

@@ -110,7 +110,7 @@ def send(
         if not observes:
             raise
         return publish(args, kwargs, task_id=task_id, **options)
-    publication = _Publication(task, Mark.queued(lock, task_id))
+    publication = _Publication(task, Mark.queued(lock, task.name, task_id))
     existing = publication.claim()
     if existing:
         what = "etcd_lock.observed: %s[%s] is published; with etcd_lock_enabled=True it would not be: %s is queued"

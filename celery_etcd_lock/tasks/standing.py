@@ -70,7 +70,7 @@ class Standing:
         self._wait = Mark.waiting(lock, task.name, self._id)
         self._waited = self._coalesces and Waits.of(request).count > 0
         """The waiting mark may be this message's."""
-        self._queued = Mark.queued(lock, self._id) if is_queued(request) else None
+        self._queued = Mark.queued(lock, task.name, self._id) if is_queued(request) else None
         self._lease: int | None = None
         """Of the session on which the queued mark is to go."""
         self._began = False

@@ -45,22 +45,24 @@ PATIENT: dict[str, Any] = {"etcd_lock_timeout": 60}
 class TestLayout:
     def test_where_marks_are(self) -> None:
         """The public layout: a rolling deploy mixes versions."""
-        assert Mark.queued("/celery/locks/app.sync/account_id=42", "i-1") == Mark(
+        assert Mark.queued("/celery/locks/app.sync/account_id=42", "app.sync", "i-1") == Mark(
             "/celery/queued/app.sync/account_id=42", b'{"task_id":"i-1"}'
         )
         assert Mark.waiting("/celery/locks/app.sync/account_id=42", "app.sync", "i-1") == Mark(
             "/celery/waiting/app.sync/account_id=42", b'{"task_id":"i-1"}'
         )
-        assert Mark.queued("/celery/locks/@shared/import:42", "i-1").key == "/celery/queued/@shared/import:42"
+        assert Mark.queued("/celery/locks/@shared/import:42", "app.sync", "i-1").key == (
+            "/celery/queued/app.sync/%2Fimport:42"
+        )
         assert Mark.waiting("/celery/locks/@shared/import:42", "app.sync", "é").key == (
             "/celery/waiting/app.sync/%2Fimport:42"
         )
-        assert Mark.queued("/n/locks/a/-", "é").value == b'{"task_id":"\\u00e9"}'
+        assert Mark.queued("/n/locks/a/-", "a", "é").value == b'{"task_id":"\\u00e9"}'
         assert Mark.waiting("/n/locks/@shared/x", "@shared", "i").key == "/n/waiting/%40shared/%2Fx"
 
     def test_whose_a_mark_is(self) -> None:
         """An id goes through; what somebody else has put there is nobody's."""
-        assert task_id_in(Mark.queued("/n/locks/a/-", 'q"é').value) == 'q"é'
+        assert task_id_in(Mark.queued("/n/locks/a/-", "a", 'q"é').value) == 'q"é'
         for foreign in (b"", b"\xff", b"1", b"[]", b"{}", b'{"task_id":1}', b"mine"):
             assert task_id_in(foreign) == ""
 
@@ -129,13 +131,13 @@ class TestPublishing:
         with pytest.raises(ConfigError, match="perhaps 'raise'"):
             idle.raises.apply_async((2,), {"key": key}, on_duplicate="rais")
 
-    def test_tasks_that_share_a_key_share_the_mark(self, idle: Publisher, key: str) -> None:
-        """A `lock_key` with a leading slash: one message of all the tasks that share it."""
+    def test_tasks_that_share_a_key_have_marks_of_their_own(self, idle: Publisher, key: str) -> None:
+        """A `lock_key` with a leading slash: a message of one task does not do the work of another."""
         first = idle.shares_one.delay(1, key=key)
-        assert idle.shares_other.delay(1, key=key).id == first.id
-        mark = idle.mark(key)
-        assert mark is not None
-        assert mark.key == f"/{idle.namespace}/queued/@shared/shared%2F{key}"
+        assert idle.shares_other.delay(1, key=key).id != first.id
+        assert idle.shares_one.delay(1, key=key).id == first.id
+        keys = {mark.key for mark in idle.marks() if key in mark.key}
+        assert keys == {f"/{idle.namespace}/queued/shares_{name}/%2Fshared%2F{key}" for name in ("one", "other")}
 
     def test_namespaces_are_apart(self, idle: Publisher, key: str) -> None:
         """Two projects on one etcd do not keep each other from publishing."""
@@ -269,7 +271,7 @@ class TestPublishing:
         running = transport.lease_grant(60).lease
 
         def publish(*_args: Any, task_id: str, **_options: Any) -> Any:
-            mark = Mark.queued(idle.until_end.lock_name((1,), {"key": key}), task_id)
+            mark = Mark.queued(idle.until_end.lock_name((1,), {"key": key}), "until_end", task_id)
             change = mark.delete() if meanwhile == "taken" else mark.put(running)
             assert transport.txn(Txn([mark.is_ours()], [change])).succeeded
             return idle.app.AsyncResult(task_id)
