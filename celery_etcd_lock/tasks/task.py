@@ -87,6 +87,9 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         """
         settings = Settings.from_app(self.app)
         assert self._key_rule is not None
+        dump = getattr(self, "_dump_pydantic_arguments", None)  # from Celery 5.7 on, of tasks made with pydantic=True
+        if dump is not None:
+            args, kwargs = dump(tuple(args), kwargs or {})  # what the worker gets
         return self._key_rule.lock_name(
             settings.namespace, tuple(args), kwargs or {}, hide_arguments=settings.hide_arguments
         )
