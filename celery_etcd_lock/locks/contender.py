@@ -284,6 +284,10 @@ class Contenders:
                 return
             if contender.sibling is not None:
                 contender.sibling.stays_until = None
+        what = (
+            "its holder was told of the loss and has not ended: it gives up its place, and the next may run beside it"
+        )
+        logger.warning("etcd_lock.expelled: %s: %s", contender.name, what)
         self.remove_later(contender)
 
     def _removal(self, contender: Contender, also: Sequence[Operation] = ()) -> Txn | None:

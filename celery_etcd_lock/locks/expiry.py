@@ -59,7 +59,7 @@ class Expiries:
     def run(self, now: float) -> None:
         """Do what is due at `now`."""
         with self._lock:
-            due = [expiry for expiry in self._pending.values() if expiry.due <= now]
+            due = sorted((each for each in self._pending.values() if each.due <= now), key=lambda expiry: expiry.due)
         for expiry in due:
             if expiry.said:
                 self.cancel(expiry.contender)

@@ -26,12 +26,14 @@ from celery_etcd_lock.exceptions import (
     LockLost,
     LockTimeout,
 )
+from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
 from celery_etcd_lock.tasks.copies import Copies, Verdict
-from celery_etcd_lock.tasks.current import Unheld, Unlocked, set_lock
+from celery_etcd_lock.tasks.current import Unheld, set_lock
 from celery_etcd_lock.tasks.interrupts import allowed, deferred
-from celery_etcd_lock.tasks.message import Waits, forget_waits, options_in
+from celery_etcd_lock.tasks.message import Waits, forget_waits, keep_to_itself, options_in
+from celery_etcd_lock.tasks.observation import observe, run_regardless
 from celery_etcd_lock.tasks.options import behaviour
 from celery_etcd_lock.tasks.putback import countdown_ceiling, expires_within, put_back
 from celery_etcd_lock.tasks.reports import Reports
@@ -63,9 +65,15 @@ def run_alone(
     Signals strike in the body, and while it waits for the lock; else they do when all is done.
     """
     with deferred():
-        turn = _Turn(task, request, task.lock_name(args, kwargs), body)
+        observes = Settings.from_app(task.app).enabled == "observe"
         try:
-            result = turn.run()
+            turn = Turn(task, request, task.lock_name(args, kwargs), body)
+        except Exception as error:
+            if not observes:
+                raise
+            return run_regardless(task, request, body, error)
+        try:
+            result = observe(turn) if observes else turn.run()
         except BaseException as error:
             turn.standing.ends(error)
             raise
@@ -73,7 +81,7 @@ def run_alone(
         return result
 
 
-class _Turn:
+class Turn:
     """One delivery of one message: its turn to run."""
 
     def __init__(self, task: SingletonTask, request: Context, name: str, body: Callable[[], Any]) -> None:
@@ -87,7 +95,8 @@ class _Turn:
         self.waits = Waits.of(request)
         self.waited = self.waits.waited(self.now)
         """Seconds, since its first contention."""
-        self.holds = behaviour(task, self.runtime.settings, options_in(request))
+        self.holds = behaviour(task, self.runtime.settings, options_in(request.headers, self.id))
+        keep_to_itself(request)
         self.reports = Reports(task, self.id, self.waits, self.waited)
         self.ceiling = countdown_ceiling(task.app)
         self.copies = Copies(self.runtime, task, request, self.ceiling)
@@ -95,8 +104,6 @@ class _Turn:
         self.standing = Standing(self.runtime, task, request, name, coalesces=coalesces)
 
     def run(self) -> Any:
-        if self.runtime.settings.enabled == "observe":
-            return self.observe()
         try:
             held = self.take()
             self.runtime.outage.over()
@@ -184,7 +191,7 @@ class _Turn:
 
     def hold(self, held: HeldLock) -> Any:
         """Run the body under `held`, and give it back."""
-        on_lost, at_most = self.holds.on_lost, self.holds.at_most_for
+        on_lost = self.holds.on_lost
         again = on_lost == "retry" and not self.request.is_eager
         also: tuple[Operation, ...] = ()
         try:
@@ -192,10 +199,7 @@ class _Turn:
                 set_lock(self.request, held)
                 forget_waits(self.request)
                 self.standing.begins(held, ridden=not self.copies.possible)
-                if at_most is not None:
-                    held.expire_after(
-                        at_most, grace=_GRACE, reason=f"held for longer than lock_at_most_for={at_most} s"
-                    )
+                self.expire(held)
                 self.reports.acquired(held, on_lost)
                 result = _interruptible(self.body) if on_lost == "warn" else _abortable(held, self.body)
                 also = self.copies.ending(held.session)
@@ -204,7 +208,7 @@ class _Turn:
                 raise
             finally:
                 # On every way out of the body, and before the result is stored and the next in the chain is sent.
-                lost = self.give_back(held, also)
+                lost = self.give_back(held, also, on_lost=on_lost)
         except LockLost as error:
             if again and held.release() == "lost":
                 raise self.put_back(self.waits.lost(), error) from error
@@ -214,7 +218,13 @@ class _Turn:
             raise self.put_back(self.waits.lost(), unsaid) if again else unsaid
         return result
 
-    def give_back(self, held: HeldLock, also: Sequence[Operation] = ()) -> str:
+    def expire(self, held: HeldLock) -> None:
+        """Let `held` be lost when its body takes too long."""
+        at_most = self.holds.at_most_for
+        if at_most is not None:
+            held.expire_after(at_most, grace=_GRACE, reason=f"held for longer than lock_at_most_for={at_most} s")
+
+    def give_back(self, held: HeldLock, also: Sequence[Operation] = (), *, on_lost: str) -> str:
         """Release, and say so if there was nothing to release any more. Returns why there was not."""
         with deferred():  # of its own: see `interrupts`
             why = "" if held.is_held() else held.why_not()
@@ -224,7 +234,7 @@ class _Turn:
             self.reports.released(held, answered=outcome == "released")
             return ""
         why = why or "its key was deleted"
-        self.reports.lost(held, why, self.holds.on_lost)
+        self.reports.lost(held, why, on_lost)
         return f"{held.name}: {why}"
 
     # -- do without it
@@ -284,29 +294,6 @@ class _Turn:
     def pause(self) -> float:
         """Seconds until it comes back to look for etcd."""
         return _UNAVAILABLE.pause(self.waits.outages, 0.0, self.ceiling, random.random)
-
-    def observe(self) -> Any:
-        """Run the body whatever happens, under the lock if it is free; say what locking would have prevented."""
-        held: HeldLock | None = None
-        try:
-            held = self.acquire(blocking=False)
-            set_lock(self.request, held)
-        except LockContended as contended:
-            set_lock(self.request, Unlocked(self.name))
-            self.reports.contended(contended, "observed", would=self.outcome(self.decide(contended)))
-        except EtcdLockError as error:
-            set_lock(self.request, Unlocked(self.name))
-            logger.warning("etcd_lock.observed: %s[%s] would not lock: %s", self.task.name, self.id, error)
-        try:
-            if held is None:
-                self.standing.begins_unlocked()
-            else:
-                self.standing.begins(held, ridden=not self.copies.possible)
-                self.reports.acquired(held, self.holds.on_lost)
-            return _interruptible(self.body)
-        finally:
-            if held is not None:
-                self.give_back(held)
 
 
 def _interruptible(body: Callable[[], Any]) -> Any:

@@ -31,6 +31,7 @@ import hashlib
 import inspect
 import re
 import string
+from _string import formatter_field_name_split  # type: ignore[import-not-found] # what string.Formatter takes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -318,7 +319,13 @@ class _Fields(string.Formatter):
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self.last = field_name
-        return super().get_field(field_name, args, kwargs)
+        first, rest = formatter_field_name_split(field_name)
+        value = self.get_value(first, args, kwargs)
+        for is_attribute, name in rest:
+            # In the worker a pydantic model is the dict that was made of it.
+            by_item = not is_attribute or (isinstance(value, Mapping) and name in value)
+            value = value[name] if by_item else getattr(value, name)
+        return value, first
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         return _no_address(value, super().convert_field(value, conversion)) if conversion else value

@@ -7,15 +7,20 @@
   for whatever reason: see `Waits`; ``again``: there may be copies of it that are as far as it is.
 * ``queued``: when it was published a mark said that it is queued (see `queued`).
 * options for this call, by their names: ``{"on_conflict": "skip"}``.
+
+What is no dict is a mistake of its publisher, and a `ConfigError`.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
+
+from celery_etcd_lock.exceptions import ConfigError
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -27,6 +32,7 @@ __all__ = [
     "flagged_queued",
     "forget_waits",
     "is_queued",
+    "keep_to_itself",
     "nonce_of",
     "options_in",
     "unix_time",
@@ -60,9 +66,11 @@ class Waits:
         header = _header_of(request)
         try:
             count, outages, times = (int(header.get(name, 0)) for name in ("count", "outages", "times"))
-            return cls(count, float(header.get("seconds", 0)), float(header.get("at", 0)), outages, times)
-        except (TypeError, ValueError):
+            seconds, at = (float(header.get(name, 0)) for name in ("seconds", "at"))
+        except (TypeError, ValueError, OverflowError):
             return cls()
+        sane = math.isfinite(seconds) and math.isfinite(at) and min(count, outages, times, seconds, at) >= 0
+        return cls(count, seconds, at, outages, times) if sane else cls()
 
     def waited(self, now: float) -> float:
         """For how many seconds it has waited at `now` (Unix time)."""
@@ -92,9 +100,12 @@ def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[
     return {**(headers or {}), HEADER: {**header, **options}}
 
 
-def options_in(request: Context) -> dict[str, Any]:
-    """The options for this call, as they were written."""
-    return {key: value for key, value in _header_of(request).items() if key not in _NOT_OPTIONS}
+def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any]:
+    """The options for this call of `task_id`, as they were written. `ConfigError` if that is nothing one could read."""
+    header = (headers or {}).get(HEADER)
+    if header is not None and not isinstance(header, Mapping):
+        raise ConfigError(f'the header {HEADER} is {header!r}: write a dict of options, {{"on_conflict": "skip"}}')
+    return {key: value for key, value in _header(headers, task_id).items() if key not in _NOT_OPTIONS}
 
 
 def nonce_of(request: Context) -> str:
@@ -138,6 +149,12 @@ def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[s
     if again:
         header["again"] = True
     return {**(request.headers or {}), HEADER: header}
+
+
+def keep_to_itself(request: Context) -> None:
+    """Before the body runs: the header is this message's, whomever the body hands its headers on to."""
+    if header := _header_of(request):
+        request.headers = {**(request.headers or {}), HEADER: {"of": str(request.id), **header}}
 
 
 def forget_waits(request: Context) -> None:

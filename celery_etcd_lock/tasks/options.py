@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import Task
@@ -17,7 +18,17 @@ from celery_etcd_lock.tasks.conflict import Conflict, nearest
 if TYPE_CHECKING:
     from celery_etcd_lock.tasks.task import SingletonTask
 
-__all__ = ["FOR_ONE_CALL", "OPTIONS", "Behaviour", "behaviour", "check", "for_one_call", "mode_name", "near_misses"]
+__all__ = [
+    "FOR_ONE_CALL",
+    "OPTIONS",
+    "Behaviour",
+    "behaviour",
+    "check",
+    "for_one_call",
+    "instead_for_one_call",
+    "mode_name",
+    "near_misses",
+]
 
 OPTIONS: Final = (
     "unique_on", "lock_key", "lock_mode", "lock_limit", "unique_queued", "on_duplicate", "on_conflict", "on_lost",
@@ -48,7 +59,7 @@ class Behaviour:
 
 def behaviour(task: SingletonTask, settings: Settings, for_call: Mapping[str, Any]) -> Behaviour:
     """What holds for a call whose message carries the options `for_call`. `ConfigError` if those cannot be meant."""
-    given = for_one_call(task.name, for_call) if for_call else {}
+    given = for_one_call(task, for_call) if for_call else {}
 
     def chosen(option: str, default: Any) -> Any:
         value = given.get(option, getattr(task, option))
@@ -63,21 +74,37 @@ def behaviour(task: SingletonTask, settings: Settings, for_call: Mapping[str, An
     )
 
 
-def for_one_call(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def for_one_call(task: SingletonTask, options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` for one call of `task`, as they travel: plain JSON. `ConfigError` if they cannot be meant."""
     checked: dict[str, Any] = {}
     for option, value in options.items():
         if option not in FOR_ONE_CALL:
             near = nearest(str(option), FOR_ONE_CALL)
             hint = f"did you mean {near!r}?" if near else f"they are {', '.join(FOR_ONE_CALL)}"
-            raise ConfigError(f"task {task}: {option!r} is no option for one call: {hint}")
+            if option in OPTIONS:
+                hint = "it goes to the task itself"
+            raise ConfigError(f"task {task.name}: {option!r} is no option for one call: {hint}")
         if value is not None:
             try:
                 value = FOR_ONE_CALL[option](option, value)  # noqa: PLW2901
             except ConfigError as error:
-                raise ConfigError(f"task {task}: {error} (for this call)") from None
+                raise ConfigError(f"task {task.name}: {error} (for this call)") from None
         checked[option] = value.to_json() if isinstance(value, Conflict) else value
+    if not {"lock_at_least_for", "lock_at_most_for"}.isdisjoint(checked):
+        least, most = (checked.get(name, getattr(task, name)) for name in ("lock_at_least_for", "lock_at_most_for"))
+        try:
+            _check_times(least, most)
+        except ConfigError as error:
+            raise ConfigError(f"task {task.name}: {error} (for this call)") from None
     return checked
+
+
+@lru_cache(maxsize=256)
+def instead_for_one_call(name: str) -> str | None:
+    """What to write instead of `name`, which Celery would pass on in silence; None: it does not look like ours."""
+    if name in OPTIONS:
+        return "it among the options of the task"
+    return nearest(name, FOR_ONE_CALL, cutoff=0.8)
 
 
 # -- of a task, when it is made
@@ -89,16 +116,19 @@ def check(cls: type[SingletonTask]) -> Mode:
         value = getattr(cls, option)
         if value is not None:
             setattr(cls, option, checked(option, value))
-    least, most = cls.lock_at_least_for or 0, cls.lock_at_most_for
-    if most is not None and least > most:
-        raise ConfigError(
-            f"lock_at_least_for={least!r} is longer than lock_at_most_for={most!r}: they contradict each other"
-        )
+    _check_times(cls.lock_at_least_for, cls.lock_at_most_for)
     if cls.lock_limit is None:
         return _MODES[cls.lock_mode or "exclusive"]
     if cls.lock_mode is not None:
         raise ConfigError("lock_mode and lock_limit exclude each other: a limit is a mode of its own, write only one")
     return slot_of(cls.lock_limit)
+
+
+def _check_times(least: float | None, most: float | None) -> None:
+    if most is not None and (least or 0) > most:
+        raise ConfigError(
+            f"lock_at_least_for={least!r} is longer than lock_at_most_for={most!r}: they contradict each other"
+        )
 
 
 def mode_name(mode: Mode) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -18,7 +20,7 @@ from celery import signals as celery_signals
 
 from celery_etcd_lock import signals
 from celery_etcd_lock.etcd import Transport
-from celery_etcd_lock.exceptions import LockLost
+from celery_etcd_lock.exceptions import EtcdUnavailable, LockLost
 from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import Mode
 from celery_etcd_lock.locks.rider import Rider
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Runtime", "close_all"]
 
+_WHEN_OBSERVING = 1.0
+"""Seconds for one request, at most, where tasks do not depend on the answer."""
+
 
 class Runtime:
     """What a process needs to lock for one app. Get it by `of`."""
@@ -49,6 +54,8 @@ class Runtime:
         self._session: Session | None = None
         self._transport: Transport | None = None
         self._opening = threading.Lock()
+        self._failed: tuple[float, EtcdUnavailable] | None = None
+        """When and why the latest session could not be opened that could not."""
 
     @classmethod
     def of(cls, app: Celery) -> Runtime:
@@ -71,12 +78,21 @@ class Runtime:
         session = self._session
         if session is not None and not session.lost:
             return session
+        called = time.monotonic()
         with self._opening:
             if self._session is not None:
                 if not self._session.lost:
                     return self._session
                 self.close()
-            session = self._session = self._open()
+            if self._failed is not None and self._failed[0] >= called:
+                # While we stood in line: a whole pool must not wait for the same etcd one after the other.
+                error = self._failed[1]
+                raise type(error)(*error.args) from error
+            try:
+                session = self._session = self._open()
+            except EtcdUnavailable as error:
+                self._failed = time.monotonic(), error
+                raise
         record = signals.SessionOpenedRecord(session.key, session.lease, session.ttl)
         signals.session_opened.send(self._app(), record=record)
         return session
@@ -103,7 +119,10 @@ class Runtime:
 
     def _connected(self) -> Transport:
         if self._transport is None:
-            self._transport = self.settings.connect()
+            settings = self.settings
+            if settings.enabled == "observe":
+                settings = replace(settings, timeout=min(settings.timeout, _WHEN_OBSERVING))
+            self._transport = settings.connect()
         return self._transport
 
     def acquire(

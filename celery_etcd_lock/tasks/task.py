@@ -1,11 +1,13 @@
 """`SingletonTask`, the base class, and `singleton_task`, the decorator that makes tasks of it.
 
 The hook is ``__call__``: the worker calls it in every pool, in eager mode too, inside its own handling of results
-and around autoretry. A subclass or a sibling base may have a ``__call__`` of its own; it runs inside the lock.
+and around autoretry. A subclass or a sibling base may have a ``__call__`` of its own. It runs inside the lock, though it
+call ``self.run`` and never ours, as Flask's documentation has it.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SingletonTask"]
 
+_GUARDS = "_guards_the_body"
+_INSIDE = "_etcd_lock_inside"
 _NOT_PLAIN = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
@@ -87,20 +91,37 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         """
         settings = Settings.from_app(self.app)
         assert self._key_rule is not None
+        dump = getattr(self, "_dump_pydantic_arguments", None)  # from Celery 5.7 on, of tasks made with pydantic=True
+        if dump is not None:
+            args, kwargs = dump(tuple(args), kwargs or {})  # what the worker gets
         return self._key_rule.lock_name(
             settings.namespace, tuple(args), kwargs or {}, hide_arguments=settings.hide_arguments
         )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        call = next(vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base))
+        if not hasattr(call, _GUARDS):
+            cls.__call__ = _guarding(call)  # type: ignore[method-assign]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        request = self.request
+        request: Any = self.request
+        if request.__dict__.pop(_INSIDE, False):  # called by a ``__call__`` that has been put inside the lock
+            return self._call_body(args, kwargs)
         if request.called_directly or not enter(request):
             # A function call; or the body calls its own task, and inherits the request.
             return super().__call__(*args, **kwargs)
+        return self._call_locked(lambda: self._call_body(args, kwargs), args, kwargs)
+
+    setattr(__call__, _GUARDS, True)
+
+    def _call_locked(self, body: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        request = self.request
         settings = Settings.from_app(self.app)
         if settings.enabled is False or (request.is_eager and not settings.eager) or self.name.startswith("celery."):
             set_lock(request, Unlocked())
-            return self._call_body(args, kwargs)
-        return run_alone(self, request, args, kwargs, lambda: self._call_body(args, kwargs))
+            return body()
+        return run_alone(self, request, args, kwargs, body)
 
     def _queued_ttl(self) -> float:
         """Seconds for which a mark stands that says that a message of this task is queued, from its eta on."""
@@ -205,6 +226,29 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
             f"{self.name}.{method}() would call the function directly in one other task, without its lock: "
             f"write group({self.name.rpartition('.')[2]}.s(…) for … in …) instead"
         )
+
+
+def _guarding(call: Any) -> Any:
+    """A ``__call__`` that runs `call`, which stands in front of ours, inside the lock."""
+
+    @functools.wraps(call)
+    def guarded(self: SingletonTask, *args: Any, **kwargs: Any) -> Any:
+        theirs = call.__get__(self, type(self))
+        request: Any = self.request
+        if request.called_directly or not enter(request):
+            return theirs(*args, **kwargs)
+
+        def body() -> Any:
+            request.__dict__[_INSIDE] = True
+            try:
+                return theirs(*args, **kwargs)
+            finally:
+                request.__dict__.pop(_INSIDE, None)
+
+        return self._call_locked(body, args, kwargs)
+
+    setattr(guarded, _GUARDS, True)
+    return guarded
 
 
 def _adopt_task_class(cls: type[SingletonTask], app: Celery) -> None:

@@ -36,6 +36,8 @@ class Options(TypedDict, total=False):
     on_conflict: Conflict | Literal["retry", "skip", "wait", "fail", "coalesce"]
     on_lost: Literal["abort", "retry", "warn"]
     on_unavailable: Literal["retry", "fail", "run"]
+    lock_at_least_for: float
+    lock_at_most_for: float | None
 
     app: Celery[Any]
     name: str
@@ -104,7 +106,15 @@ class SingletonTaskOf(Protocol[P, R_co]):
         self, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ..., **options: Any
     ) -> EagerResult[R_co]: ...
     def apply_async(
-        self, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ..., **options: Any
+        self,
+        args: Sequence[Any] | None = ...,
+        kwargs: Mapping[str, Any] | None = ...,
+        task_id: str | None = ...,
+        producer: Any = ...,
+        link: Any = ...,
+        link_error: Any = ...,
+        shadow: str | None = ...,
+        **options: Any,
     ) -> AsyncResult[R_co]: ...
 
 

@@ -19,13 +19,19 @@ from celery.exceptions import Reject
 
 from celery_etcd_lock import Conflict, LockLost, SingletonTask, current_lock, singleton_task
 
-app = Celery("project", broker=os.environ["BROKER_URL"], backend=os.environ["BACKEND_URL"])
+settings = json.loads(os.environ.get("SETTINGS", "{}"))
+app = Celery(
+    "project",
+    broker=os.environ["BROKER_URL"],
+    backend=os.environ["BACKEND_URL"],
+    task_cls=settings.pop("task_cls", None),
+)
 app.conf.update(
     broker_connection_retry_on_startup=True,
     task_default_queue=os.environ["QUEUE"],
     worker_prefetch_multiplier=1,
     worker_hijack_root_logger=True,
-    **{"etcd_lock_endpoints": os.environ["ETCD_URL"], **json.loads(os.environ.get("SETTINGS", "{}"))},
+    **{"etcd_lock_endpoints": os.environ["ETCD_URL"], **settings},
 )
 
 
