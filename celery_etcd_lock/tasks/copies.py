@@ -16,8 +16,9 @@ afterwards sees it, and if the process dies before the next link of the chain is
 message again (from a dead-letter queue) wants it to run.
 
 Only messages of which there may be copies write or ask: those with ``acks_late``, those that say that they were
-delivered again, and those that have been in a worker's memory for a while: put back, or with an eta. And a mark counts
-only for copies of the same publication (`message.nonce_of`): the same id published anew is a new message.
+delivered again, that have been under way for a quarter of the visibility timeout, or lain in a worker's memory (put
+back, or with an eta). And a mark counts only for copies of the same publication (`message.nonce_of`): the same id
+published anew is a new message.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from celery import states
 
 from celery_etcd_lock.etcd.api import Compare, Delete, Operation, Put, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError
-from celery_etcd_lock.tasks.message import Waits, nonce_of, unix_time, was_redelivered
+from celery_etcd_lock.tasks.message import Waits, due_at, nonce_of, was_redelivered
 
 if TYPE_CHECKING:
     from celery.app.task import Context
@@ -115,13 +116,16 @@ class Copies:
         self._key = mark_key(runtime.settings.namespace, self._id)
         waits = Waits.of(request)
         self._mine = Mark("waiting", request.retries or 0, nonce_of(request), waits.times)
-        again, possible = was_redelivered(request), bool(self._id) and not request.is_eager
-        self.overdue = possible and (again or _late(request, ceiling))
-        """It has been in a worker's memory for so long that there may well be another."""
-        self.possible = possible and (again or bool(waits) or bool(request.eta))
+        possible = bool(self._id) and not request.is_eager
+        due = due_at(request)
+        late = due is not None and time.time() - due > ceiling / 2
+        self.overdue = possible and (late or was_redelivered(request))
+        """It has been under way for so long that there may well be another."""
+        self.possible = self.overdue or (possible and bool(waits or request.eta))
         """There may be another."""
         self._marks = self.possible or (possible and bool(task.acks_late))
-        self._first = possible and not waits.times
+        self._unknown = possible and due is None
+        """Nobody knows for how long it lay in a worker's memory."""
         self._ending: Put | None = None
 
     def look(self) -> Verdict:
@@ -136,11 +140,8 @@ class Copies:
     # -- put back
 
     def put_back(self) -> None:
-        """It has just been published again: copies that are no further than it was are overtaken.
-
-        Said where there may be such: of a message's first delivery nobody knows how long it lay in a worker's memory.
-        """
-        if not (self._first or self.overdue):
+        """It has just been published again: copies that are no further than it was are overtaken."""
+        if not (self._unknown or self.overdue):
             return
         mine = self._mine
         after = Mark("waiting", mine.retries, mine.nonce, mine.count + 1)
@@ -202,12 +203,6 @@ class Copies:
             logger.warning("etcd_lock.not_marked_done: %s[%s]: %s", self._name, self._id, error)
             return False
         return True
-
-
-def _late(request: Context, ceiling: float) -> bool:
-    """Whether it began so long after its eta that the broker may have delivered it to somebody else meanwhile."""
-    due = unix_time(request.eta)
-    return due is not None and time.time() - due > ceiling / 2
 
 
 def _finish(task: Any = None, state: str | None = None, **_: Any) -> None:

@@ -1,8 +1,9 @@
 """What travels in a message's header ``etcd_lock``: plain JSON, which any publisher may write.
 
-* ``of`` and ``nonce``: the task id, and which publication of it this is. All copies of one message say the same:
-  the ones that a broker delivers again, the ones that were put back, the attempts of one task that retries itself. A
-  header that speaks of another task's id (somebody handed their own headers on) is none.
+* ``of``, ``nonce`` and ``sent``: the task id, which publication of it this is, and when it was made (Unix time). All
+  copies of one message say the same: the ones that a broker delivers again, the ones that were put back, the attempts
+  of one task that retries itself. A header that speaks of another task's id (somebody handed their own headers on) is
+  none.
 * ``count``, ``seconds``, ``at``, ``outages``: what the message has waited, and ``times`` how often it was put back
   for whatever reason: see `Waits`; ``again``: there may be copies of it that are as far as it is.
 * ``queued``: when it was published a mark said that it is queued (see `queued`).
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -29,6 +31,7 @@ __all__ = [
     "HEADER",
     "Waits",
     "addressed",
+    "due_at",
     "flagged_queued",
     "forget_waits",
     "is_queued",
@@ -42,7 +45,7 @@ __all__ = [
 ]
 
 HEADER = "etcd_lock"
-_NOT_OPTIONS = frozenset({"of", "nonce", "count", "seconds", "at", "outages", "times", "again", "queued"})
+_NOT_OPTIONS = frozenset({"of", "nonce", "sent", "count", "seconds", "at", "outages", "times", "again", "queued"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[
     """`headers` for publishing `task_id` with these options for the call, over those that are in there already."""
     header = _header(headers, task_id)
     if "of" not in header:
-        header |= {"of": task_id, "nonce": secrets.token_hex(6)}
+        header |= {"of": task_id, "nonce": secrets.token_hex(6), "sent": round(time.time(), 3)}
     return {**(headers or {}), HEADER: {**header, **options}}
 
 
@@ -111,6 +114,11 @@ def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any
 def nonce_of(request: Context) -> str:
     """Which publication of its id the message is a copy of; ``""`` if its publisher did not say."""
     return str(_header_of(request).get("nonce", ""))
+
+
+def due_at(request: Context) -> float | None:
+    """From when on the message was to run, in Unix time: its eta, else when it was published. None: nobody said."""
+    return unix_time(request.eta) or _number(_header_of(request).get("sent"))
 
 
 def was_redelivered(request: Context) -> bool:
@@ -164,6 +172,10 @@ def forget_waits(request: Context) -> None:
         forgotten = {each.name for each in fields(Waits)} - {"times"} | {"again"}
         mine = {key: value for key, value in _header_of(request).items() if key not in forgotten}
         request.headers = {**headers, HEADER: mine}
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _header_of(request: Context) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from celery import shared_task
 from celery_etcd_lock import SingletonTask
 from celery_etcd_lock.locks.held import HeldLock
 from celery_etcd_lock.tasks import abort, guard
+from celery_etcd_lock.tasks import task as task_module
+from celery_etcd_lock.tasks.guard import run_alone
 from celery_etcd_lock.tasks.runtime import Runtime
 from tests.strikes import Striker
 
@@ -80,25 +82,24 @@ def own_striker() -> RandomStriker:
     return RandomStriker(signal.SIGUSR1)
 
 
-class Struck(SingletonTask):
+def run_struck(task: Any, request: Any, args: Any, kwargs: Any, body: Any) -> Any:
     """Struck from before its lock is taken until after it was given back, and never in Celery's own code."""
-
-    abstract = True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("strike"):
-            return super().__call__(*args, **kwargs)
-        striker = own_striker()
-        try:
-            striker.draw()
-            striker.begins("call")
-            return super().__call__(*args, **kwargs)
-        finally:
-            striker.rest()
+    if not kwargs.get("strike"):
+        return run_alone(task, request, args, kwargs, body)
+    striker = own_striker()
+    try:
+        striker.draw()
+        striker.begins("call")
+        return run_alone(task, request, args, kwargs, body)
+    finally:
+        striker.rest()
 
 
-@shared_task(base=Struck, bind=True, name="struck", unique_on="number", on_conflict="fail")
-def struck(self: Any, number: int, strike: bool) -> int:
+task_module.run_alone = run_struck  # type: ignore[attr-defined]
+
+
+@shared_task(base=SingletonTask, bind=True, name="struck", unique_on="number", on_conflict="fail")
+def struck(self: Any, number: int, strike: bool = False) -> int:
     with project.noted(self, number):
         pass
     return number

@@ -223,7 +223,9 @@ def of_key(key: str) -> None:
 def contend(canvases: Canvases, etcd_url: str) -> None:
     """Send each shape with each policy while x's lock is held; let it go when x has met it."""
     (worker,) = canvases.running.workers
-    locking: Any = canvases.running.app.task(base=SingletonTask, name="locking", lock_key="/{key}")(of_key)
+    locking: Any = canvases.running.app.task(base=SingletonTask, name="locking", lock_key="/{key}", shared=False)(
+        of_key
+    )
     transport = connect(etcd_url)
     waiting: list[str] = []
     others: set[str] = set()

@@ -168,7 +168,7 @@ class TestCopiesOfWhatHasEnded:
     def test_an_id_of_ones_own_used_again_is_a_new_message(self, stopped: Project, queue: Queue) -> None:
         """``task_id="nightly"`` each night: what is written of one night's message says nothing of the other's."""
 
-        @stopped.app.task(base=SingletonTask, name="late", lock_key="all")
+        @stopped.app.task(base=SingletonTask, name="late", lock_key="all", shared=False)
         def late(number: int) -> None: ...
 
         for number in (1, 2):
@@ -259,8 +259,12 @@ class TestVisibilityTimeout:
     def test_waiting_in_a_busy_worker_does_not_multiply(self, short: Project) -> None:
         """Messages that wait for the lock lie in a busy worker for longer than the timeout: each runs once, and
         there are about as many messages as tasks, not twice as many with each second."""
+
+        @short.app.task(base=SingletonTask, name="early", unique_on="key", shared=False)
+        def early(number: int, seconds: float = 0.05, key: str = "k") -> None: ...
+
         short.worker("-P", "prefork", "-c", "1", "--prefetch-multiplier", "20")
-        results = [short.send("early", number, 0.5) for number in range(8)]
+        results = [early.delay(number, 0.5) for number in range(8)]
         short.worker("-P", "prefork", "-c", "1", "--prefetch-multiplier", "20")
         assert sorted(result.get(timeout=120) for result in results) == list(range(8))
         runs = short.runs("early")

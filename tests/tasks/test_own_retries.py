@@ -33,7 +33,7 @@ def running(redis: RedisServer, etcd: EtcdServer, tmp_path_factory: pytest.TempP
     settings: Any = {"imports": ["retries"]}
     with project(redis.url, etcd.url, tmp_path_factory.mktemp("retries"), **settings) as made:
         made.app.conf.update(etcd_lock_namespace=made.queue, etcd_lock_endpoints=etcd.url)
-        made.app.task(base=SingletonTask, name="locking", lock_key="/{key}")(of_key)
+        made.app.task(base=SingletonTask, name="locking", lock_key="/{key}", shared=False)(of_key)
         made.worker("-P", "prefork", "-c", "4", "-Q", f"{made.queue},{made.queue}-other")
         yield made
 
@@ -167,7 +167,7 @@ def test_a_message_whose_result_nobody_wants_stores_none_after_waiting(running: 
 def test_a_link_that_expires_while_it_waits_fails_its_chain(running: Project) -> None:
     """Celery would discard it in silence, and `get` on the chain's end would wait for ever; alone it is discarded."""
 
-    @running.app.task(base=SingletonTask, name="retrying", unique_on="key")
+    @running.app.task(base=SingletonTask, name="retrying", unique_on="key", shared=False)
     def retrying(number: int, seconds: float = 0.05, key: str = "k") -> None: ...
 
     link = running.app.signature("retrying", (1,), {"key": "expiring"}).set(expires=2)
