@@ -37,10 +37,11 @@ TASKS = """
 """
 
 
-def run(pytester: pytest.Pytester, tests: str) -> pytest.RunResult:
+def run(pytester: pytest.Pytester, tests: str, *arguments: str, plugin: bool = True) -> pytest.RunResult:
     """`tests`, run by a pytest that has the plugin, of a project that has `TASKS`."""
     pytester.makepyfile(tasks=textwrap.dedent(TASKS), test_it=textwrap.dedent(tests))
-    return pytester.runpytest_subprocess("-p", "celery_etcd_lock.pytest_plugin", "-p", "no:cacheprovider")
+    ours = ("-p", "celery_etcd_lock.pytest_plugin") if plugin else ()
+    return pytester.runpytest_subprocess(*ours, "-p", "no:cacheprovider", *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,72 @@ def test_a_real_etcd(pytester: pytest.Pytester, etcd: Any) -> None:
         """,
     )
     outcome.assert_outcomes(passed=1)
+
+
+def test_with_celerys_own_worker(pytester: pytest.Pytester) -> None:
+    """In the worker of `celery.contrib.pytest`, a thread of the test's process, tasks lock in memory too."""
+    outcome = run(
+        pytester,
+        """
+        import pytest
+        from celery.exceptions import Ignore
+        from celery_etcd_lock import LockContended, SingletonTask
+        from celery_etcd_lock.testing import held_elsewhere
+
+        @pytest.fixture
+        def celery_config():
+            return {"broker_url": "memory://", "result_backend": "cache+memory://"}
+
+        @pytest.fixture
+        def where(celery_app):
+            @celery_app.task(base=SingletonTask, bind=True, name="where", on_conflict="fail")
+            def where(self, number):
+                self.lock.assert_held()
+                return self.lock.key
+
+            return where
+
+        @pytest.fixture
+        def celery_worker_parameters():
+            return {"perform_ping_check": False}
+
+        def test_it(etcd_lock_memory, where, celery_worker):
+            assert where.delay(1).get(timeout=60).startswith("/celery/locks/where/number=1/write/")
+            with held_elsewhere(where, 1), pytest.raises(LockContended):
+                where.delay(1).get(timeout=60)
+            assert where.delay(1).get(timeout=60)
+        """,
+        "-p", "celery.contrib.pytest",
+    )  # fmt: skip
+    outcome.assert_outcomes(passed=1)
+
+
+def test_eager_runs_and_memory_need_no_etcd(pytester: pytest.Pytester) -> None:
+    """Without the plugin: an eager task runs, unlocked, where no etcd is; with ``memory://`` it locks."""
+    outcome = run(
+        pytester,
+        """
+        import pytest
+        from celery_etcd_lock import LockContended
+        from celery_etcd_lock.settings import Settings
+        from celery_etcd_lock.testing import held_elsewhere
+        from tasks import app, report, ship
+
+        def test_eager():
+            app.conf.etcd_lock_eager = False
+            assert ship.delay(1).get() == "1 by post"
+            assert report.apply_async(("monday",), on_conflict="wait", lock_at_least_for=9).get() == "monday"
+
+        def test_memory():
+            Settings.forget(app)
+            app.conf.update(etcd_lock_endpoints="memory://", etcd_lock_eager=True)
+            assert report.delay("monday").get() == "monday"
+            with held_elsewhere(report, "monday"), pytest.raises(LockContended):
+                report.delay("monday")
+        """,
+        plugin=False,
+    )
+    outcome.assert_outcomes(passed=2)
 
 
 @pytest.fixture

@@ -86,12 +86,11 @@ class Runtime:
                 self.close()
             if self._failed is not None and self._failed[0] >= called:
                 # While we stood in line: a whole pool must not wait for the same etcd one after the other.
-                error = self._failed[1]
-                raise type(error)(*error.args) from error
+                raise _copy(self._failed[1])
             try:
                 session = self._session = self._open()
             except EtcdUnavailable as error:
-                self._failed = time.monotonic(), error
+                self._failed = time.monotonic(), _copy(error)
                 raise
         record = signals.SessionOpenedRecord(session.key, session.lease, session.ttl)
         signals.session_opened.send(self._app(), record=record)
@@ -152,6 +151,11 @@ class Runtime:
             session.close()
         if transport is not None:
             transport.close()
+
+
+def _copy(error: EtcdUnavailable) -> EtcdUnavailable:
+    """Without its traceback, and all that hangs on that."""
+    return type(error)(*error.args)
 
 
 _runtimes: WeakKeyDictionary[Celery, Runtime] = WeakKeyDictionary()

@@ -1,7 +1,7 @@
 """`SingletonTask`, the base class, and `singleton_task`, the decorator that makes tasks of it.
 
 The hook is ``__call__``: the worker calls it in every pool, in eager mode too, inside its own handling of results
-and around autoretry. A subclass or a sibling base may have a ``__call__`` of its own: it runs inside the lock, even
+and around autoretry. A subclass or a sibling base may have a ``__call__`` of its own. It runs inside the lock, even
 where it calls ``self.run`` and never ours, as Flask's documentation has it.
 """
 

@@ -43,6 +43,9 @@ bare.s(1, full=True)
 bare.s(ful=True)  # type: ignore[call-arg]
 assert_type(called(1), int)
 called.apply_async((1,), countdown=3)
+called.apply_async((1,), {}, "id", None, None, called.si(2), "shadow", on_conflict=Conflict.skip(), lock_at_least_for=3)
+called.apply_async([1], on_conflict={"name": "skip"}, on_lost="warn", on_unavailable="run", on_duplicate="raise")
+assert_type(called.apply_async((1,), on_conflict="wait").get(), int)
 assert_type(bound("2026-01-01"), float)
 bound.delay(day="2026-01-01")
 bound.delay(1)  # type: ignore[arg-type]
@@ -71,6 +74,16 @@ def reads(account_id: int) -> int:
 
 @singleton_task(lock_limit=3)
 def limited(account_id: int) -> int:
+    return account_id
+
+
+@singleton_task(lock_at_least_for=2, lock_at_most_for=0.5, on_conflict="wait")
+def timed(account_id: int) -> int:
+    return account_id
+
+
+@singleton_task(lock_at_most_for="1 h")  # type: ignore[call-overload]
+def mistimed(account_id: int) -> int:
     return account_id
 
 
