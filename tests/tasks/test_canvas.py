@@ -135,6 +135,7 @@ class Canvases:
             return x
 
         canvas = SHAPES[shape](step)
+        canvas._app = self.running.app  # Celery 5.4 would take the current one for a chain that begins with a group
         canvas.link_error(signature("erred", kwargs={"case": name}))
         case = self.cases[kind, shape] = Case(name, steps, canvas.apply_async())
         return case
