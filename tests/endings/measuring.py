@@ -192,7 +192,7 @@ class _Measuring:
         fate = self.fate(way, worker, result, queue)
         runs = self.runs(way)
         run = runs[0]
-        ended = free if run.how == "killed" else run.ended
+        ended = self.last_sign(way) if run.how == "killed" else run.ended
         if way.limit:
             struck = min(struck, ended)  # its clock has begun some milliseconds before the body
         following = next(each for each in runs if each.id == waiter.id)
@@ -237,7 +237,12 @@ class _Measuring:
         return now
 
     def let_go(self, way: Way) -> None:
-        Path(f"{self.project.record}.{way.name}").touch()
+        Path(f"{self.project.record}.{way.name}.go").touch()
+
+    def last_sign(self, way: Way) -> float:
+        """When the body was last seen alive: one that was killed did not write down its end."""
+        signs = Path(f"{self.project.record}.{way.name}.alive").read_text()
+        return float(signs[: signs.rindex("\n")].rpartition("\n")[2])
 
     def free(self, way: Way, run: Run, struck: float) -> float:
         """When its lock was free; a body that goes on is let go when there is no hope left that Celery ends it."""

@@ -17,13 +17,15 @@ HOLDER, FOLLOWER = 0, 1
 
 
 def end(self: Any, number: int, how: str, key: str) -> str:
-    """Waits for the file that lets it go, and ends by `how`. Any run of it but the first just returns."""
+    """Gives signs of life until there is the file that lets it go, and ends by `how`. Later runs of it just return."""
     first = number == HOLDER and not self.request.retries and not self.request.delivery_info["redelivered"]
     with noted(self, number):
         if first:
-            go = Path(os.environ["RECORD"] + "." + key)
-            while not go.exists():
-                time.sleep(0.01)
+            go, alive = (Path(f"{os.environ['RECORD']}.{key}.{what}") for what in ("go", "alive"))
+            with alive.open("a") as signs:
+                while not go.exists():
+                    print(time.monotonic(), file=signs, flush=True)
+                    time.sleep(0.01)
             by(how, self, key)
     return how
 
