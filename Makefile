@@ -10,7 +10,7 @@ bin := $(VENV)/bin
 celery_tests := tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest costs coverage chaos check format clean
+.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-grpc-oldest: $(VENV)/.test $(VENV)/grpc-oldest/.there ## the tests of the g
 
 costs: $(VENV)/.test ## what locks cost in requests, bytes and time: the figures of docs/costs.md, in some minutes
 	@$(bin)/python -m tests.costs $(ARGS)
+
+endings: $(VENV)/.test ## how long a lock stays taken, for every pool and every way to end: the tables of docs/endings.md
+	@$(bin)/python -m tests.endings $(ARGS)
 
 coverage: $(VENV)/.test ## the tests once more, with the lines and branches they miss
 	@rm -f .coverage .coverage.*

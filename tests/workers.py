@@ -71,8 +71,12 @@ class Worker:
             env=environment, cwd=log.parent, stdout=self._handle, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         if ready:
-            until(lambda: " ready." in self.output or self.process.poll() is not None, "the worker's start")
-            assert self.process.poll() is None, self.output
+            self.await_ready()
+
+    def await_ready(self) -> None:
+        """Wait until it takes messages; fail, with what it said, if it ended instead."""
+        until(lambda: " ready." in self.output or self.process.poll() is not None, "the worker's start")
+        assert self.process.poll() is None, self.output
 
     @property
     def output(self) -> str:
@@ -126,10 +130,11 @@ class Project:
             "SETTINGS": json.dumps(self.settings),
         }
 
-    def worker(self, *arguments: str, ready: bool = True) -> Worker:
-        """Start a worker; with prefork and 4 children unless `arguments` say otherwise."""
+    def worker(self, *arguments: str, ready: bool = True, settings: dict[str, Any] | None = None) -> Worker:
+        """Start a worker; with prefork and 4 children unless `arguments` say otherwise. `settings`: of it alone."""
         log = self.folder / f"worker-{self.queue}-{len(self.workers)}.log"
-        worker = Worker(self.environment, log, list(arguments or ("-P", "prefork", "-c", "4")), ready=ready)
+        environment = {**self.environment, "SETTINGS": json.dumps({**self.settings, **(settings or {})})}
+        worker = Worker(environment, log, list(arguments or ("-P", "prefork", "-c", "4")), ready=ready)
         self.workers.append(worker)
         return worker
 
