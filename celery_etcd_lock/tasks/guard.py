@@ -53,6 +53,9 @@ logger = logging.getLogger("celery_etcd_lock")
 _UNAVAILABLE = conflict.Retry(backoff_max=30, max_wait=None)
 """How long a task stays away while etcd does not answer: it counts towards no policy's `max_wait`."""
 
+_SOON = 0.1
+"""Seconds: a message must not have run again before Celery has stored that it is put back."""
+
 _GRACE = 5.0
 """Seconds between the loss of a lock that was held for too long and its key's end, whatever the body does."""
 
@@ -282,7 +285,7 @@ class Turn:
         reason = error if isinstance(error, EtcdUnavailable) else EtcdUnavailable(str(error))
         raise self.put_back(self.waits.unavailable(self.now), reason, self.pause())
 
-    def put_back(self, waits: Waits, reason: Exception, countdown: float = 0.0) -> Exception:
+    def put_back(self, waits: Waits, reason: Exception, countdown: float = _SOON) -> Exception:
         """Send the message again; returns what to raise."""
         if self.request.chain and expires_within(self.request, countdown):
             return reason  # Celery would discard it in silence, and whoever waits for the chain's end would for ever
