@@ -23,7 +23,7 @@ from celery.result import AsyncResult
 from celery_etcd_lock.etcd import Transport, connect
 from celery_etcd_lock.etcd.api import KeyValue, Range, prefix_end
 
-__all__ = ["Project", "Run", "Worker", "overlaps", "until"]
+__all__ = ["Project", "Run", "Worker", "collect_garbage", "overlaps", "until"]
 
 _HERE = Path(__file__).parent
 
@@ -197,10 +197,18 @@ class Project:
             consumer._pubsub.close()
             consumer._pubsub = None
         self.app.close()
-        # Celery and redis-py leave sockets to the garbage collector, which would complain of them in another test.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
+        collect_garbage()
+
+
+def collect_garbage() -> None:
+    """Do now what else comes at a bad time.
+
+    Celery and redis-py leave sockets to the garbage collector, which would complain of them in another test; and
+    Celery 5.4 unsubscribes from a result that goes, for minutes where its Redis is not there any more.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 from celery_etcd_lock.testing import EtcdServer
 from tests.rabbit import RabbitNotFound, RabbitServer
 from tests.servers import RedisNotFound, RedisServer, skip_or_fail
-from tests.workers import Project, project
+from tests.workers import Project, collect_garbage, project
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,7 @@ def redis() -> Iterator[RedisServer]:
         skip_or_fail(missing)
     with server:
         yield server
+        collect_garbage()
 
 
 @pytest.fixture(scope="session")
