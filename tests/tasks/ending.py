@@ -15,6 +15,10 @@ from celery_etcd_lock import Conflict, SingletonTask
 HOLDER, FOLLOWER = 0, 1
 """Numbers: who runs first, until it is told to end or is ended; and who comes after it."""
 
+RETRY_AFTER = 0.5
+"""Seconds. Right away, the next run could store its SUCCESS in the moment between Celery's look at the result that is
+there and its RETRY of the first run, which then stays for good."""
+
 
 def end(self: Any, number: int, how: str, key: str) -> str:
     """Gives signs of life until there is the file that lets it go, and ends by `how`. Later runs of it just return."""
@@ -34,7 +38,7 @@ def by(how: str, task: Any, key: str) -> None:
     if how == "exception":
         raise ValueError(key)
     if how == "retry":
-        raise task.retry(countdown=0)
+        raise task.retry(countdown=RETRY_AFTER)
     if how == "ignore":
         raise Ignore
     if how == "reject":
