@@ -18,7 +18,8 @@ message again (from a dead-letter queue) wants it to run.
 Only messages of which there may be copies write or ask: those with ``acks_late``, those that say that they were
 delivered again, that have been under way for a quarter of the visibility timeout, or lain in a worker's memory (put
 back, or with an eta). And a mark counts only for copies of the same publication (`message.nonce_of`): the same id
-published anew is a new message.
+published anew is a new message. (Who publishes by name does not say which it is. Then the first delivery does; and
+one of which there was another before is taken for a copy of whatever has that id.)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import json
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import quote
 
@@ -35,12 +36,13 @@ from celery import signals as celery_signals
 from celery import states
 
 from celery_etcd_lock.etcd.api import Compare, Delete, Operation, Put, Range, Txn, created_at
-from celery_etcd_lock.exceptions import EtcdLockError
+from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable
 from celery_etcd_lock.tasks.message import Waits, due_at, nonce_of, was_redelivered
 
 if TYPE_CHECKING:
     from celery.app.task import Context
 
+    from celery_etcd_lock.locks.held import HeldLock
     from celery_etcd_lock.locks.session import Session
     from celery_etcd_lock.tasks.runtime import Runtime
     from celery_etcd_lock.tasks.task import SingletonTask
@@ -91,7 +93,7 @@ class Mark:
 
 def verdict(mark: Mark | None, mine: Mark) -> Verdict:
     """What a copy that is at `mine` has to do, the mark saying that one of them is at `mark`."""
-    if mark is None or (mark.nonce and mine.nonce and mark.nonce != mine.nonce) or mark.retries < mine.retries:
+    if mark is None or (mine.nonce and mark.nonce != mine.nonce) or mark.retries < mine.retries:
         return "run"
     if mark.retries > mine.retries or mark.stage == "done":
         return "drop"
@@ -128,10 +130,19 @@ class Copies:
         """Nobody knows for how long it lay in a worker's memory."""
         self._ending: Put | None = None
 
-    def look(self) -> Verdict:
-        """One request: whether this copy may run, now that it has the lock or has seen who has. `EtcdUnavailable`."""
-        found = self._runtime.transport().range(Range(self._key)).kvs
-        judged = verdict(Mark.parse(found[0].value) if found else None, self._mine)
+    def look(self, held: HeldLock | None = None) -> Verdict:
+        """One request: whether this copy may run, now that it has the lock `held`, or has seen who has it.
+
+        `EtcdUnavailable` if etcd does not answer, or a member that is behind.
+        """
+        reply = self._runtime.transport().range(Range(self._key))
+        if held is not None and reply.header.revision < held.fencing_token:
+            raise EtcdUnavailable("an etcd member answered that has not seen our lock yet")
+        found = reply.kvs
+        mark = Mark.parse(found[0].value) if found else None
+        judged = verdict(mark, self._mine)
+        if mark is not None and not self._mine.nonce:
+            self._mine = replace(self._mine, nonce=mark.nonce)  # it is a copy of that, as far as anybody can tell
         if judged == "drop":
             what = "etcd_lock.copy_dropped: %s[%s] was delivered more than once, and another copy is further: %s"
             logger.info(what, self._name, self._id, found[0].value.decode(errors="replace"))

@@ -176,7 +176,7 @@ class Turn:
         """Give `held` back and do not run, if another copy of this message has run, or is ending."""
         judged: Verdict | None = None
         try:
-            judged = self.copies.look()
+            judged = self.copies.look(held)
         finally:
             if judged != "run":
                 held.release()

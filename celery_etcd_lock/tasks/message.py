@@ -112,7 +112,7 @@ def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any
 
 
 def nonce_of(request: Context) -> str:
-    """Which publication of its id the message is a copy of; ``""`` if its publisher did not say."""
+    """Which publication of its id the message is a copy of; ``""`` if nobody has said."""
     return str(_header_of(request).get("nonce", ""))
 
 
@@ -160,9 +160,14 @@ def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[s
 
 
 def keep_to_itself(request: Context) -> None:
-    """Before the body runs: the header is this message's, whomever the body hands its headers on to."""
-    if header := _header_of(request):
-        request.headers = {**(request.headers or {}), HEADER: {"of": str(request.id), **header}}
+    """Before the body runs: the header is this message's, whomever the body hands its headers on to.
+
+    And where its publisher has not said which publication it is, this delivery does, unless others came before it.
+    """
+    header = {"of": str(request.id), **_header_of(request)}
+    if not was_redelivered(request):
+        header.setdefault("nonce", secrets.token_hex(6))
+    request.headers = {**(request.headers or {}), HEADER: header}
 
 
 def forget_waits(request: Context) -> None:

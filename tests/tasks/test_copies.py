@@ -37,7 +37,7 @@ class TestVerdict:
     @given(marks, st.integers(0, 3))
     def test_another_publication_says_nothing(self, mark: Mark, retries: int) -> None:
         """The same id published anew is a new message, whatever became of the former."""
-        assert verdict(mark, Mark("waiting", retries, "c")) == "run" or not mark.nonce
+        assert verdict(mark, Mark("waiting", retries, "c")) == "run"
 
     @given(marks, marks)
     def test_the_newest_message_is_never_dropped(self, mark: Mark, mine: Mark) -> None:
@@ -194,15 +194,24 @@ class TestCopiesOfWhatHasEnded:
         assert len(stopped.runs("early")) == 1
 
     def test_a_publisher_without_this_package_is_believed_by_the_id(self, stopped: Project, queue: Queue) -> None:
-        """A message without our header (sent by name) is known by its id alone."""
+        """A message without our header (sent by name) is a copy if the broker says so, and a new one if it does not.
+
+        A new one of that id is not lost though it has to wait for the lock, after which it asks for copies.
+        """
         result = stopped.send("late", 7)
         (message,) = queue.messages()
         assert "etcd_lock" not in message["headers"]
-        stopped.worker("-P", "prefork", "-c", "1")
+        stopped.worker("-P", "prefork", "-c", "2")
         assert result.get(timeout=60) == 7
         queue.deliver(message)
         until_dropped(stopped, 1)
         assert len(stopped.runs()) == 1
+        other = stopped.send("late", 8, 2.0)
+        until(lambda: len(stopped.runs()) == 2, "somebody else's hold")
+        queue.deliver(message, redelivered=False)
+        until(lambda: [run.number for run in stopped.runs()] == [7, 8, 7], "the run of the same id, sent once more")
+        assert other.get(timeout=60) == 8
+        assert dropped(stopped) == 1
 
 
 class TestDeath:
