@@ -8,11 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kombu.transport.redis import Channel, QoS
+
 from celery_etcd_lock import Conflict, SingletonTask
 from celery_etcd_lock.signals import lock_released
 
 project: Any = sys.modules["project"]
 app, define, note, noted = project.app, project.define, project.note, project.noted
+
+if not hasattr(Channel, "unacked_restore_throttle"):
+    # A kombu before that option looks for messages that are overdue at every tenth occasion, that is every 100 s.
+    QoS.restore_visible.__defaults__ = (0, 10, 1)
 
 _soon = Conflict.retry(backoff=0.05, backoff_max=0.3)
 late = define("late", acks_late=True, on_conflict=_soon)
