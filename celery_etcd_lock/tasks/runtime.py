@@ -27,6 +27,7 @@ from celery_etcd_lock.locks.rider import Rider
 from celery_etcd_lock.locks.session import Session
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.instance import instance
+from celery_etcd_lock.tasks.interrupts import deferred
 from celery_etcd_lock.tasks.leases import Leases
 from celery_etcd_lock.tasks.outage import Outage
 from celery_etcd_lock.tasks.respite import Respite
@@ -169,8 +170,9 @@ def _forget_after_fork() -> None:
 
 def close_all(**_kwargs: Any) -> None:
     """Close the sessions of this process: its locks are free at once, not after the TTL."""
-    for runtime in list(_runtimes.values()):
-        runtime.close()
+    with deferred():  # one more signal, of who cannot wait any longer, must not leave a session half closed
+        for runtime in list(_runtimes.values()):
+            runtime.close()
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)

@@ -185,7 +185,11 @@ class TestCopiesOfWhatHasEnded:
 
     def test_an_eta_beyond_the_timeout_runs_once(self, stopped: Project, queue: Queue) -> None:
         """Celery's own multiplication: each worker that was given the message runs it at its eta. Here one does."""
-        result = stopped.app.send_task("early", (7,), countdown=3)
+
+        @stopped.app.task(base=SingletonTask, name="early", unique_on="key", shared=False)
+        def early(number: int, seconds: float = 0.05, key: str = "k") -> None: ...
+
+        result = early.apply_async((7,), countdown=3)
         (message,) = queue.messages()
         queue.deliver(message)
         stopped.worker("-P", "prefork", "-c", "2")
