@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -255,8 +256,9 @@ class TestVisibilityTimeout:
     def test_shorter_than_the_task(self, short: Project) -> None:
         """Redis delivers it again while it runs: the copies wait, and are dropped; it runs once, its chain goes on."""
         short.worker("-P", "prefork", "-c", "2")
-        result = chained(short, "late", 7, 5.0)
-        until(short.runs, "the start")
+        result = chained(short, "late", 7, 8.0)
+        (run,) = until(short.runs, "the start")
+        until(lambda: time.monotonic() > run.started + 1.5, "the visibility timeout's end")
         short.worker("-P", "prefork", "-c", "2")  # which looks at once for what was not acknowledged in time
         assert result.get(timeout=60) == 8
         until_dropped(short, 1)
