@@ -35,18 +35,9 @@ from celery_etcd_lock.etcd.api import (
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
 from celery_etcd_lock.exceptions import Compacted, EtcdLockError, EtcdRejected, EtcdUnavailable, LeaseNotFound
 from celery_etcd_lock.testing import EtcdServer
+from tests.clock import Clock
 
 EVERYTHING = "\0"
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Reader:

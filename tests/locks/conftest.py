@@ -16,9 +16,26 @@ from celery_etcd_lock.etcd.api import Transport
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
 from celery_etcd_lock.exceptions import ConfigError
 from celery_etcd_lock.locks import Session
+from tests.clock import Clock
 from tests.servers import skip_or_fail
 
 OpenSession = Callable[..., Session]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> MemoryEtcd:
+    return MemoryEtcd(clock=clock)
+
+
+@pytest.fixture
+def session(store: MemoryEtcd, clock: Clock) -> Session:
+    """In memory, with a clock that the test moves, and nothing in its background: the test calls `keep` itself."""
+    return Session(MemoryTransport(store), ttl=30, clock=clock, background=False)
 
 
 @pytest.fixture(params=["memory", "gateway", "grpc"])

@@ -16,25 +16,13 @@ from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
 from celery_etcd_lock.exceptions import EtcdUnavailable, LockContended, LockLost
 from celery_etcd_lock.locks import Mutex, Session
 from celery_etcd_lock.locks.acquire import acquire
+from tests.clock import Clock
 
 OpenSession = Callable[..., Session]
 
 
 def keys(session: Session, name: str) -> list[KeyValue]:
     return list(session.transport.range(Range(name + "/", prefix_end(name + "/"), sort="create")).kvs)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 class Timed:

@@ -13,30 +13,7 @@ from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
 from celery_etcd_lock.exceptions import AuthRejected, EtcdUnavailable, LockContended, LockLost, LockTimeout, NoSpace
 from celery_etcd_lock.locks import Mutex, Session
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(clock: Clock) -> MemoryEtcd:
-    return MemoryEtcd(clock=clock)
-
-
-@pytest.fixture
-def session(store: MemoryEtcd, clock: Clock) -> Session:
-    """Nothing happens in its background: the test calls `keep` itself."""
-    return Session(MemoryTransport(store), ttl=30, clock=clock, background=False)
+from tests.clock import Clock
 
 
 def away(_verb: str, _request: Any) -> None:

@@ -28,6 +28,7 @@ from celery_etcd_lock.locks import HeldLock, Session
 from celery_etcd_lock.locks.acquire import acquire, anybody_waits
 from celery_etcd_lock.locks.queue import EXCLUSIVE, SHARED, Mode, slot_of
 from celery_etcd_lock.testing import EtcdServer
+from tests.clock import Clock
 from tests.workers import until
 
 OpenSession = Callable[..., Session]
@@ -54,30 +55,6 @@ def sibling_of(held: HeldLock, session: Session) -> KeyValue:
     mine = held.compare().operand
     (found,) = [kv for kv in keys(session, held.name) if kv.create_revision == mine and kv.key != held.key]
     return found
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(clock: Clock) -> MemoryEtcd:
-    return MemoryEtcd(clock=clock)
-
-
-@pytest.fixture
-def session(store: MemoryEtcd, clock: Clock) -> Session:
-    """In memory, with a clock that the test moves, and nothing in its background: the test calls `keep` itself."""
-    return Session(MemoryTransport(store), ttl=30, clock=clock, background=False)
 
 
 class TestHeld:
