@@ -12,6 +12,7 @@ from celery import Celery
 from celery_etcd_lock import Conflict, SingletonTask, signals
 from celery_etcd_lock.tasks.outage import Outage
 from celery_etcd_lock.testing import EtcdServer, held_elsewhere, memory_locks
+from tests.clock import Clock
 from tests.workers import Project, overlaps, until
 
 NewProject = Callable[..., Project]
@@ -144,21 +145,20 @@ def test_many_at_once_and_no_fewer(new_project: NewProject) -> None:
 
 
 class TestRespite:
-    def test_one_in_thirty_seconds(self, monkeypatch: pytest.MonkeyPatch, app: Any) -> None:
+    def test_one_in_thirty_seconds(self, app: Any) -> None:
         """After a failure nobody asks for so long, then one does; an answer ends it."""
         from celery_etcd_lock import EtcdUnavailable
         from celery_etcd_lock.settings import Settings
 
-        now = 1000.0
-        monkeypatch.setattr("celery_etcd_lock.tasks.outage.time.monotonic", lambda: now)
-        outage = Outage(Settings.from_app(app))
+        clock = Clock()
+        outage = Outage(Settings.from_app(app), clock)
         assert outage.may_try()
         outage.affects("t", EtcdUnavailable("away"), "observe")
         assert not outage.may_try()
-        now += 31
+        clock.now += 31
         assert outage.may_try()
         assert not outage.may_try()
-        now += 31
+        clock.now += 31
         assert outage.may_try()
         outage.over()
         assert outage.may_try()
