@@ -57,7 +57,11 @@ def noted(task: Any, number: int) -> Iterator[None]:
         ended = type(error).__name__
         raise
     finally:
-        note("end", task, task=task.name, number=number, ended=ended)
+        try:
+            note("end", task, task=task.name, number=number, ended=ended)
+        except LockLost:  # which may strike here too, once
+            note("end", task, task=task.name, number=number, ended="LockLost")
+            raise
 
 
 def work(self: Any, number: int, seconds: float = 0.05, key: str = "k") -> int:
