@@ -33,7 +33,7 @@ from celery_etcd_lock.locks.rider import Rider, ride
 from celery_etcd_lock.locks.session import Session
 from celery_etcd_lock.locks.waiting import Bell
 
-__all__ = ["acquire", "anybody_waits"]
+__all__ = ["acquire"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +96,6 @@ def acquire(
         raise
     attempt.leave_sibling()
     return held
-
-
-def anybody_waits(session: Session, name: str, mode: queue.Mode = queue.EXCLUSIVE) -> bool:
-    """Whether anybody stands in the queue of `name` and is not in, all being of `mode` or exclusive. One request.
-
-    `EtcdUnavailable` if etcd does not answer.
-    """
-    return queue.anybody_waits(mode, name, _contenders(session.txn(Txn([], mode.line(name))), 0))
 
 
 class _Attempt:

@@ -37,7 +37,6 @@ __all__ = [
     "Description",
     "Kind",
     "Mode",
-    "anybody_waits",
     "blamed",
     "checked_name",
     "contender_key",
@@ -97,14 +96,6 @@ class Mode:
             asked.append(Range(*self._inside(name), limit=2 * self.limit, sort="create"))
         return asked + self.twins(name, task_id)
 
-    def line(self, name: str) -> list[Range]:
-        """Asks for as many of the first in the queue as `anybody_waits` needs."""
-        start, everybody = name + "/", 1 + 2 * max(1, self.limit)
-        if self.kind == "read":
-            outside = [Range(*span, limit=everybody, sort="create", keys_only=True) for span in self._outside(name)]
-            return [*outside, Range(*self._inside(name), limit=1, sort="create", keys_only=True)]
-        return [Range(start, prefix_end(start), limit=everybody, sort="create", keys_only=True)]
-
     def free(self, name: str, seen: int) -> list[Compare]:
         """The condition that a newcomer may go in.
 
@@ -157,17 +148,6 @@ def keeping_out(mode: Mode, name: str, ahead: Iterable[KeyValue], task_id: str =
         if len(one_of_each) >= mode.limit:
             return tuple(one_of_each.values())[: mode.limit]
     return tuple(twin for twin in nearest if task_id and describe(twin).task_id == task_id)[:1]
-
-
-def anybody_waits(mode: Mode, name: str, found: Iterable[KeyValue]) -> bool:
-    """Whether anybody in the queue is kept out, all of its contenders being of `mode` or exclusive.
-
-    `found` is what `Mode.line` asks for.
-    """
-    queued = {kv.create_revision: kind_of(name, kv.key) for kv in sorted(found, key=_created)}
-    if mode.kind == "slot" and len(queued) > mode.limit:
-        return True
-    return len(queued) > 1 and any(kind != mode.kind or kind == "write" for kind in queued.values())
 
 
 def blamed(mode: Mode, name: str, found: Iterable[KeyValue], task_id: str = "") -> Description:

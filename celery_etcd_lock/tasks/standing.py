@@ -25,6 +25,7 @@ is taken away later, and its lease ends it if that is never.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from celery.exceptions import Ignore, Reject, Retry
@@ -67,13 +68,18 @@ class Standing:
         self._id = str(request.id or "")
         self._until_end = task.unique_queued == "until_end"
         self._coalesces = coalesces and bool(self._id) and not request.is_eager
-        self._wait = Mark.waiting(lock, task.name, self._id)
+        self._lock = lock
         self._waited = self._coalesces and Waits.of(request).count > 0
         """The waiting mark may be this message's."""
         self._queued = Mark.queued(lock, task.name, self._id) if is_queued(request) else None
         self._lease: int | None = None
         """Of the session on which the queued mark is to go."""
         self._began = False
+
+    @cached_property
+    def _wait(self) -> Mark:
+        """Only where the policy lets one wait: all other runs do without."""
+        return Mark.waiting(self._lock, self._task.name, self._id)
 
     # -- the lock is taken
 

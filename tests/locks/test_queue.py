@@ -23,7 +23,6 @@ from celery_etcd_lock.locks.queue import (
     EXCLUSIVE,
     SHARED,
     Mode,
-    anybody_waits,
     blamed,
     keeping_out,
     kind_of,
@@ -160,22 +159,6 @@ class TestRule:
             kvs = [kv for reply in replies for kv in reply.kvs]
             assert len(kvs) == most
             assert not any(kv.value for kv in kvs)
-
-    @given(st.sampled_from([EXCLUSIVE, SHARED, slot_of(1), slot_of(3)]), st.lists(st.tuples(*[st.booleans()] * 2)))
-    @settings(deadline=None)
-    def test_whether_anybody_waits(self, mode: Mode, comers: list[tuple[bool, bool]]) -> None:
-        """Of contenders of one mode and exclusive ones somebody is kept out, exactly if the model keeps one out."""
-        store = MemoryEtcd()
-        queue = [
-            Asked("write" if alone else mode.kind, mode.limit, foreign=alone, sibling=sibling)
-            for alone, sibling in comers
-        ]
-        for number, asked in enumerate(queue, 1):
-            store.txn(Txn([], puts_of(asked, number)))
-        found = [kv for asked_for in mode.line(NAME) for kv in store.range(asked_for).kvs]
-        out = [asked for place, asked in enumerate(queue) if not may_go_in(asked, queue[:place])]
-        assert anybody_waits(mode, NAME, found) is bool(out)
-        assert len(found) <= 1 + 3 * max(2, mode.limit)
 
     @pytest.mark.parametrize(
         ("key", "kind"),

@@ -25,7 +25,7 @@ from celery_etcd_lock.exceptions import (
     NoSpace,
 )
 from celery_etcd_lock.locks import HeldLock, Session
-from celery_etcd_lock.locks.acquire import acquire, anybody_waits
+from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import EXCLUSIVE, SHARED, Mode, slot_of
 from celery_etcd_lock.testing import EtcdServer
 from tests.clock import Clock
@@ -207,29 +207,6 @@ class TestModes:
         with pytest.raises(LockContended) as refused:
             acquire(session, "/a", SHARED, blocking=False, describe=task)
         assert refused.value.task_id == "1"
-
-    @MODES
-    def test_whether_anybody_waits(self, open_session: OpenSession, prefix: str, mode: Mode) -> None:
-        """One request; a sibling is nobody who waits, held or left behind, and who stands behind one is."""
-        session = open_session(ttl=60)
-        name, got = prefix + "a", list[HeldLock]()
-        assert not anybody_waits(session, name, mode)
-        held = [acquire(session, name, mode, at_least_for=60) for _ in range(mode.limit or 1)]
-        before = requests(session)
-        assert not anybody_waits(session, name, mode)
-        assert requests(session) - before == 1
-        thread = threading.Thread(target=lambda: got.append(acquire(session, name, timeout=40)), daemon=True)
-        thread.start()
-        until(lambda: anybody_waits(session, name, mode))
-        siblings = [sibling_of(each, session) for each in held]
-        for each in held:
-            each.release()
-        assert anybody_waits(session, name, mode)
-        for sibling in siblings:
-            end(session, sibling)
-        thread.join(50)
-        assert not anybody_waits(session, name, mode)
-        got[0].release()
 
 
 def refuse_the_lease(verb: str, _asked: Any) -> None:
