@@ -6,20 +6,17 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
-from tests.servers import fetching, free_port, install
+from tests.servers import Server, fetching, free_port, install
 
 __all__ = ["RabbitNotFound", "RabbitServer", "find_rabbit"]
 
@@ -75,47 +72,24 @@ def _installed() -> Path | None:
     return next((Path(place) for place in places if os.access(place, os.X_OK)), None)
 
 
-class RabbitServer:
+class RabbitServer(Server):
     """One real rabbitmq-server; a context manager. `url` is the same after a restart, and so is what it held.
 
     `binary` None: what `find_rabbit` finds. `parameters`: of the Erlang application ``rabbit``.
     """
 
+    log_name = "output"
+
     def __init__(self, *, binary: Path | None = None, parameters: Mapping[str, int] | None = None) -> None:
-        self.binary = binary or find_rabbit()
-        self.port = 0
+        super().__init__(binary or find_rabbit())
         self._parameters = dict(parameters or {})
         self._epmd_port = 0
         self._dist_port = 0
-        self._owner = os.getpid()
-        self._process: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
-        self._folder: Path | None = None
-
-    def __repr__(self) -> str:
-        return f"<RabbitServer {self.url}>"
-
-    def __enter__(self) -> RabbitServer:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def url(self) -> str:
         return f"amqp://guest:guest@127.0.0.1:{self.port}//"
-
-    @property
-    def running(self) -> bool:
-        """Whether the Erlang VM lives."""
-        return self._process is not None and self._process.poll() is None
 
     def start(self, *, timeout: float = 180.0) -> None:
         """Start the server, or start it again on its port, and wait until it speaks AMQP.
@@ -134,26 +108,13 @@ class RabbitServer:
                 if self._answers():
                     return
                 time.sleep(0.1)
-            self._end()
+            self.kill()
             if time.monotonic() > deadline or attempts == _ATTEMPTS:
                 raise RuntimeError(f"{self.binary} on port {self.port} did not start; it said:\n{self._log()[-2000:]}")
             time.sleep(0.1)  # a port was taken: another one, or its own until it is let go
 
-    def stop(self) -> None:
-        """SIGKILL, and wait for the end: what was persistent is there after `start`. No error if it does not run."""
-        self._end()
-
-    def close(self) -> None:
-        """Kill the server and its epmd. Safe to call twice."""
-        if os.getpid() != self._owner:
-            return
-        self._end()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-        atexit.unregister(self.close)
-
-    def _end(self) -> None:
+    def kill(self) -> None:
+        """SIGKILL to the server and its epmd, and wait for the end: what was persistent is there after `start`."""
         if os.getpid() != self._owner:
             return
         for process in (self._process, self._epmd):
@@ -165,10 +126,7 @@ class RabbitServer:
                 process.wait()
 
     def _spawn(self) -> None:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="rabbit-"))
-            atexit.register(self.close)
-        folder = self._folder
+        folder = self._own_folder()
         (folder / "rabbitmq.conf").write_text(_CONFIG.format(port=self.port))
         parameters = ", ".join(f"{{{name}, {value}}}" for name, value in self._parameters.items())
         (folder / "advanced.config").write_text(f"[{{rabbit, [{parameters}]}}].\n")
@@ -193,7 +151,7 @@ class RabbitServer:
         }
         epmd = shutil.which("epmd")
         assert epmd is not None, "find_rabbit has looked"
-        with (folder / "output").open("wb") as output:
+        with (folder / self.log_name).open("wb") as output:
             self._epmd = self._start([epmd], environment, output.fileno())
             self._process = self._start([str(self.binary)], environment, output.fileno())
 
@@ -210,7 +168,3 @@ class RabbitServer:
                 return client.recv(1) == b"\x01"
         except OSError:
             return False
-
-    def _log(self) -> str:
-        path = self._folder and self._folder / "output"
-        return path.read_text(errors="replace") if path and path.exists() else ""

@@ -19,14 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 __all__ = [
     "RedisNotFound",
     "RedisServer",
+    "Server",
     "etcd3_environment",
     "fetching",
     "find_redis",
@@ -144,23 +146,25 @@ def etcd3_environment() -> dict[str, str]:
     return {"PYTHONPATH": path, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
 
 
-class RedisServer:
-    """One real redis-server; a context manager. `url` is the same after a restart, what it held is not there.
+S = TypeVar("S", bound="Server")
 
-    `binary` None: what `find_redis` finds.
-    """
 
-    def __init__(self, *, binary: Path | None = None) -> None:
-        self.binary = binary or find_redis()
+class Server(ABC):
+    """One real server of the tests' own; a context manager. Whoever forks has a copy that ends nothing."""
+
+    log_name = "log"
+
+    def __init__(self, binary: Path) -> None:
+        self.binary = binary
         self.port = 0
         self._owner = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
 
     def __repr__(self) -> str:
-        return f"<RedisServer {self.url}>"
+        return f"<{type(self).__name__} {self.url}>"
 
-    def __enter__(self) -> RedisServer:
+    def __enter__(self: S) -> S:  # noqa: PYI019 typing.Self is of Python 3.11
         try:
             self.start()
         except BaseException:
@@ -174,13 +178,56 @@ class RedisServer:
         self.close()
 
     @property
+    @abstractmethod
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
+        """Where it is, also after a restart."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the server, or start it again on its port, and wait until it answers."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end. No error if it does not run."""
 
     @property
     def running(self) -> bool:
         """Whether the process lives; a paused one does."""
         return self._process is not None and self._process.poll() is None
+
+    def close(self) -> None:
+        """Kill the server, paused or not, and remove what it wrote. Safe to call twice."""
+        if os.getpid() != self._owner:
+            return
+        self.kill()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        atexit.unregister(self.close)
+
+    def _own_folder(self) -> Path:
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{type(self).__name__}-"))
+            atexit.register(self.close)
+        return self._folder
+
+    def _log(self) -> str:
+        path = self._folder and self._folder / self.log_name
+        return path.read_text(errors="replace") if path and path.exists() else ""
+
+
+class RedisServer(Server):
+    """One real redis-server; a context manager. `url` is the same after a restart, what it held is not there.
+
+    `binary` None: what `find_redis` finds.
+    """
+
+    def __init__(self, *, binary: Path | None = None) -> None:
+        super().__init__(binary or find_redis())
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
 
     def start(self, *, timeout: float = 30.0) -> None:
         """Start the server, or start it again on its port, and wait until it answers.
@@ -217,16 +264,6 @@ class RedisServer:
         """SIGCONT."""
         self._signal(signal.SIGCONT)
 
-    def close(self) -> None:
-        """Kill the server, paused or not. Safe to call twice."""
-        if os.getpid() != self._owner:
-            return
-        self.kill()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-        atexit.unregister(self.close)
-
     def _signal(self, number: signal.Signals) -> int:
         if self._process is None or not self.running:
             raise RuntimeError(f"{self!r} is not running")
@@ -247,13 +284,11 @@ class RedisServer:
         process.wait()
 
     def _spawn(self) -> None:
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="redis-"))
-            atexit.register(self.close)
+        folder = self._own_folder()
         args = ["--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--appendonly", "no"]
-        with (self._folder / "log").open("wb") as log:
+        with (folder / self.log_name).open("wb") as log:
             self._process = subprocess.Popen(
-                [self.binary, *args, "--dir", self._folder, "--daemonize", "no"],
+                [self.binary, *args, "--dir", folder, "--daemonize", "no"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -266,10 +301,6 @@ class RedisServer:
                 return True
             time.sleep(0.02)
         return False
-
-    def _log(self) -> str:
-        path = self._folder and self._folder / "log"
-        return path.read_text(errors="replace") if path and path.exists() else ""
 
 
 def free_port() -> int:
