@@ -56,6 +56,9 @@ _UNAVAILABLE = conflict.Retry(backoff_max=30, max_wait=None)
 _SOON = 0.1
 """Seconds: a message must not have run again before Celery has stored that it is put back."""
 
+_ON_ITS_WAY = 5.0
+"""Seconds that a message may be late: the link of a chain is put back if it has so long before it expires."""
+
 _GRACE = 5.0
 """Seconds between the loss of a lock that was held for too long and its key's end, whatever the body does."""
 
@@ -287,7 +290,7 @@ class Turn:
 
     def put_back(self, waits: Waits, reason: Exception, countdown: float = _SOON) -> Exception:
         """Send the message again; returns what to raise."""
-        if self.request.chain and expires_within(self.request, countdown):
+        if self.request.chain and expires_within(self.request, countdown + _ON_ITS_WAY):
             return reason  # Celery would discard it in silence, and whoever waits for the chain's end would for ever
         retry = put_back(self.task, self.request, waits, reason, countdown, again=self.copies.overdue)
         if not isinstance(reason, EtcdUnavailable):
