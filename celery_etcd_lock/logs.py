@@ -26,6 +26,10 @@ def connect() -> None:
     signals.lock_lost.connect(_lost, weak=False)
     signals.session_opened.connect(_opened, weak=False)
     signals.session_lost.connect(_session_lost, weak=False)
+    signals.leader_elected.connect(_elected, weak=False)
+    signals.leader_lost.connect(_deposed, weak=False)
+    signals.tick_sent.connect(_sent, weak=False)
+    signals.tick_fenced.connect(_fenced, weak=False)
 
 
 def _acquired(record: signals.AcquiredRecord, **_: Any) -> None:
@@ -59,6 +63,26 @@ def _opened(record: signals.SessionOpenedRecord, **_: Any) -> None:
 
 def _session_lost(record: signals.SessionLostRecord, **_: Any) -> None:
     _log(logging.ERROR, record, "etcd_lock.session_lost: %s: %s", record.key, record.reason)
+
+
+def _elected(record: signals.LeaderElectedRecord, **_: Any) -> None:
+    what = "etcd_lock.leader_elected: this beat leads %r, after %.1f s: %s"
+    _log(logging.INFO, record, what, record.beat, record.waited, record.key)
+
+
+def _deposed(record: signals.LeaderLostRecord, **_: Any) -> None:
+    what = "etcd_lock.leader_lost: this beat does not lead %r any more and sends nothing until it is elected again: %s"
+    _log(logging.WARNING, record, what, record.beat, record.reason)
+
+
+def _sent(record: signals.TickSentRecord, **_: Any) -> None:
+    again = ", perhaps not for the first time" if record.again else ""
+    what = "etcd_lock.tick_sent: %s, due at %s: %s[%s]%s"
+    _log(logging.DEBUG, record, what, record.entry, record.due.isoformat(), record.task, record.task_id, again)
+
+
+def _fenced(record: signals.TickFencedRecord, **_: Any) -> None:
+    _log(logging.INFO, record, "etcd_lock.tick_fenced: %s was not sent: %s", record.entry, record.reason)
 
 
 def _log(level: int, record: Any, message: str, *args: object) -> None:

@@ -1,6 +1,6 @@
-"""Celery signals that say what became of locks, each with a frozen record of what is known.
+"""Celery signals that say what became of locks and of beat's ticks, each with a frozen record of what is known.
 
-Connected as Celery's own are; the sender is the task, or of a session the app::
+Connected as Celery's own are; the sender is the task, or of a session and of all that concerns beat the app::
 
     from celery_etcd_lock.signals import lock_contended
 
@@ -8,13 +8,15 @@ Connected as Celery's own are; the sender is the task, or of a session the app::
     def count(sender, record, **kwargs):
         statsd.incr(f"lock.{record.outcome}", tags=[record.task])
 
-They are sent where the task runs: under prefork in the child. A receiver that raises is logged by Celery and harms
+They are sent where the task runs: under prefork in the child; those of beat in its process, ``leader_…`` in a thread of
+its own. A receiver that raises is logged by Celery and harms
 nothing; one that blocks keeps its task waiting. The log (`logs`) and the worker's events (`events`) are receivers too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal, TypeAlias
 
 from celery.utils.dispatch import Signal
@@ -22,17 +24,25 @@ from celery.utils.dispatch import Signal
 __all__ = [
     "AcquiredRecord",
     "ContendedRecord",
+    "LeaderElectedRecord",
+    "LeaderLostRecord",
     "LostRecord",
     "Outcome",
     "ReleasedRecord",
     "SessionLostRecord",
     "SessionOpenedRecord",
+    "TickFencedRecord",
+    "TickSentRecord",
+    "leader_elected",
+    "leader_lost",
     "lock_acquired",
     "lock_contended",
     "lock_lost",
     "lock_released",
     "session_lost",
     "session_opened",
+    "tick_fenced",
+    "tick_sent",
 ]
 
 Outcome: TypeAlias = Literal["retry", "skip", "wait", "fail", "observed"]
@@ -125,6 +135,56 @@ class SessionLostRecord:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LeaderElectedRecord:
+    """This beat leads from now on: it sends the ticks, and the others stand by."""
+
+    beat: str
+    """``etcd_lock_beat_name``."""
+    key: str
+    """In etcd, what stands for its leadership."""
+    fencing_token: int
+    waited: float
+    """Seconds for which it has stood by."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderLostRecord:
+    """This beat cannot be sure any more that it leads. It sends nothing, and stands for election again."""
+
+    beat: str
+    key: str
+    reason: str
+    seconds: float
+    """For which it has led."""
+
+
+@dataclass(frozen=True, slots=True)
+class TickSentRecord:
+    """The task of an entry that was due is published."""
+
+    beat: str
+    entry: str
+    task: str
+    task_id: str
+    due: datetime
+    """UTC."""
+    late: float
+    """Seconds since then."""
+    again: bool
+    """It may have been published before under this id, by a beat that did not live to say so."""
+
+
+@dataclass(frozen=True, slots=True)
+class TickFencedRecord:
+    """This beat took an entry for due and was kept from sending it."""
+
+    beat: str
+    entry: str
+    task: str
+    reason: str
+
+
 # Any: a receiver may take what it likes, and Celery's own stubs know these only in part.
 lock_acquired: Any = Signal(name="lock_acquired")
 lock_contended: Any = Signal(name="lock_contended")
@@ -132,3 +192,7 @@ lock_released: Any = Signal(name="lock_released")
 lock_lost: Any = Signal(name="lock_lost")
 session_opened: Any = Signal(name="session_opened")
 session_lost: Any = Signal(name="session_lost")
+leader_elected: Any = Signal(name="leader_elected")
+leader_lost: Any = Signal(name="leader_lost")
+tick_sent: Any = Signal(name="tick_sent")
+tick_fenced: Any = Signal(name="tick_fenced")

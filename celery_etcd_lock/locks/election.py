@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass
 from types import TracebackType
 
-from celery_etcd_lock.etcd.api import Compare, Put, Range, Txn, prefix_end
+from celery_etcd_lock.etcd.api import Compare, Put, Range, Txn, TxnReply, prefix_end
 from celery_etcd_lock.exceptions import EtcdUnavailable, LeaseNotFound, LockLost
 from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.contender import Contender, Removal
@@ -122,6 +122,23 @@ class Leadership(HeldLock):
                     self._session.contenders.lose(self._contender, f"its key {self.key} was deleted")
                     raise LockLost(f"{self.name}: {self.why_not()}")
                 self._proclaimed = kvs[0].mod_revision  # an earlier one, which got no answer, was carried out
+
+    def txn(self, txn: Txn, *, timeout: float | None = None) -> TxnReply:
+        """Carry out `txn` if this leads at that moment, as etcd sees it. The reply is to `txn` alone.
+
+        `LockLost` if it does not lead: then nothing was done. `EtcdUnavailable` if no etcd answers within `timeout`
+        seconds: then it may be done even so, but not once another leads.
+        """
+        self.assert_held()
+        guarded = Txn([self.compare(), *txn.compare], txn.success, [Range(self.key, keys_only=True), *txn.failure])
+        reply = self._session.txn(guarded, timeout=timeout)
+        if reply.succeeded:
+            return reply
+        kvs = reply.range(0).kvs
+        if not kvs or kvs[0].create_revision != self._contender.create_revision:
+            self._session.contenders.lose(self._contender, f"its key {self.key} was deleted")
+            raise LockLost(f"{self.name}: {self.why_not()}")
+        return TxnReply(reply.header, False, reply.responses[1:])
 
     def resign(self) -> Removal:
         """Give it up, for the next candidate to lead. As `release`, which it is."""

@@ -38,6 +38,7 @@ __all__ = [
     "keep_to_itself",
     "nonce_of",
     "options_in",
+    "published_as",
     "unix_time",
     "was_put_back",
     "was_redelivered",
@@ -101,6 +102,11 @@ def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[
     if "of" not in header:
         header |= {"of": task_id, "nonce": secrets.token_hex(6), "sent": round(time.time(), 3)}
     return {**(headers or {}), HEADER: {**header, **options}}
+
+
+def published_as(task_id: str, nonce: str, now: float) -> dict[str, Any]:
+    """Our header for a message that may be published more than once: each is a copy of the publication `nonce`."""
+    return {"of": task_id, "nonce": nonce, "sent": round(now, 3), "again": True}
 
 
 def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any]:

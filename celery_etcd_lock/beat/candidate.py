@@ -1,0 +1,145 @@
+"""Standing for election, in a thread of its own: what the thread that ticks does, or sleeps, costs no leadership::
+
+    asking ──▶ standing by ──▶ leading ──▶ (lost) asking
+      └──────────────────────────────────────────┘
+
+It never gives up, whatever etcd says or does not say: no beat ends because of etcd.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+from celery_etcd_lock import signals
+from celery_etcd_lock.beat.outage import Outage
+from celery_etcd_lock.beat.record import leader_name
+from celery_etcd_lock.exceptions import EtcdLockError, LockLost
+from celery_etcd_lock.locks.election import Election, Leader, Leadership
+from celery_etcd_lock.locks.queue import value_of
+from celery_etcd_lock.locks.session import Session
+from celery_etcd_lock.settings import Settings
+from celery_etcd_lock.tasks.instance import instance
+
+__all__ = ["Candidate", "who"]
+
+logger = logging.getLogger("celery_etcd_lock")
+
+_PAUSE = 1.0
+"""Seconds between two tries to get into touch with etcd."""
+
+
+class Candidate:
+    """This beat, in the election of all that have its name. `send` is called with a signal and its record."""
+
+    def __init__(self, settings: Settings, outage: Outage, send: Callable[[Any, Any], None]) -> None:
+        self._settings = settings
+        self._outage = outage
+        self._send = send
+        self._thread: threading.Thread | None = None
+        self._transport = settings.connect()
+        self._session: Session | None = None
+        self._leadership: Leadership | None = None
+        self._elected = threading.Event()
+        self._closed = threading.Event()
+
+    @property
+    def leadership(self) -> Leadership | None:
+        """This beat's, if it surely leads right now. Asks the clock, not etcd."""
+        leadership = self._leadership
+        return leadership if leadership is not None and leadership.is_held() else None
+
+    def wait(self, seconds: float) -> None:
+        """Stand by, for this long or until elected. The first call begins to stand for election."""
+        if self._thread is None and not self._closed.is_set():
+            self._thread = threading.Thread(target=self._stand, name="etcd-lock-beat", daemon=True)
+            self._thread.start()
+        self._elected.wait(seconds)
+
+    def close(self) -> None:
+        """Step down, for the next to lead at once. Safe to call twice; never raises."""
+        self._closed.set()
+        if self._session is not None:
+            self._session.close()
+        self._transport.close()
+
+    # -- in the thread
+
+    def _stand(self) -> None:
+        since = time.monotonic()
+        while not self._closed.is_set():
+            try:
+                since = self._one_session(since)
+            except EtcdLockError as error:
+                if not self._closed.is_set():
+                    self._outage.fails(error)
+            except Exception:
+                logger.exception("etcd_lock.beat_failed")
+            self._closed.wait(_PAUSE)
+
+    def _one_session(self, since: float) -> float:
+        """Stand by since `since` (monotonic), be elected, lead, be deposed. Returns since when it stands by again."""
+        settings = self._settings
+        session = self._session = Session(
+            self._transport, ttl=settings.beat_ttl, namespace=settings.namespace, instance=instance()
+        )
+        try:
+            if self._closed.is_set():
+                return since
+            self._outage.over()
+            election = Election(session, leader_name(settings.namespace, settings.beat_name))
+            self._say_who_leads(election.leader())
+            try:
+                leadership = election.campaign(_describe(session))
+            except LockLost as lost:
+                if not self._closed.is_set():
+                    logger.warning("etcd_lock.standby_lost: %s; this beat stands for election again", lost)
+                return since
+            self._lead(leadership, time.monotonic() - since)
+            return time.monotonic()
+        finally:
+            session.close()
+
+    def _lead(self, leadership: Leadership, waited: float) -> None:
+        began, beat, deposed = time.monotonic(), self._settings.beat_name, threading.Event()
+        self._send(
+            signals.leader_elected,
+            signals.LeaderElectedRecord(beat, leadership.key, leadership.fencing_token, waited),
+        )
+        self._leadership = leadership
+        self._elected.set()
+        leadership.on_lost(lambda _reason: deposed.set())
+        deposed.wait()
+        self._elected.clear()
+        self._leadership = None
+        if not self._closed.is_set():
+            seconds = time.monotonic() - began
+            record = signals.LeaderLostRecord(beat, leadership.key, leadership.why_not(), seconds)
+            self._send(signals.leader_lost, record)
+
+    def _say_who_leads(self, leader: Leader | None) -> None:
+        if leader is not None:
+            logger.info(
+                "etcd_lock.standby: %s leads %r, and this beat stands by", who(leader), self._settings.beat_name
+            )
+
+
+def _describe(session: Session) -> str:
+    since = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    nonce = secrets.token_hex(6)
+    return value_of(host=session.host, pid=session.pid, since=since, nonce=nonce, extra=None).decode()
+
+
+def who(leader: Leader) -> str:
+    """The leader, for people."""
+    try:
+        said = json.loads(leader.value)
+        return f"{said['host']}:{said['pid']}"
+    except (ValueError, TypeError, KeyError):
+        return leader.key
