@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from celery_etcd_lock import signals
+from celery_etcd_lock.beat.clocks import Clocks
 from celery_etcd_lock.beat.outage import Outage
 from celery_etcd_lock.beat.record import leader_name
 from celery_etcd_lock.exceptions import EtcdLockError, LockLost
@@ -36,10 +37,14 @@ _PAUSE = 1.0
 
 
 class Candidate:
-    """This beat, in the election of all that have its name. `send` is called with a signal and its record."""
+    """This beat, in the election of all that have its name.
 
-    def __init__(self, settings: Settings, outage: Outage, send: Callable[[Any, Any], None]) -> None:
+    `project`: the app's name, by which two projects find out. `send` is called with a signal and its record.
+    """
+
+    def __init__(self, settings: Settings, outage: Outage, project: str, send: Callable[[Any, Any], None]) -> None:
         self._settings = settings
+        self._project = project
         self._outage = outage
         self._send = send
         self._thread: threading.Thread | None = None
@@ -80,7 +85,8 @@ class Candidate:
                 if not self._closed.is_set():
                     self._outage.fails(error)
             except Exception:
-                logger.exception("etcd_lock.beat_failed")
+                if not self._closed.is_set():
+                    logger.exception("etcd_lock.beat_failed")
             self._closed.wait(_PAUSE)
 
     def _one_session(self, since: float) -> float:
@@ -96,7 +102,7 @@ class Candidate:
             election = Election(session, leader_name(settings.namespace, settings.beat_name))
             self._say_who_leads(election.leader())
             try:
-                leadership = election.campaign(_describe(session))
+                leadership = election.campaign(self._description(session))
             except LockLost as lost:
                 if not self._closed.is_set():
                     logger.warning("etcd_lock.standby_lost: %s; this beat stands for election again", lost)
@@ -115,7 +121,9 @@ class Candidate:
         self._leadership = leadership
         self._elected.set()
         leadership.on_lost(lambda _reason: deposed.set())
+        clocks = Clocks(self._transport, leadership.name, leadership.fencing_token + 1, leadership.session.ttl)
         deposed.wait()
+        clocks.close()
         self._elected.clear()
         self._leadership = None
         if not self._closed.is_set():
@@ -124,22 +132,38 @@ class Candidate:
             self._send(signals.leader_lost, record)
 
     def _say_who_leads(self, leader: Leader | None) -> None:
-        if leader is not None:
-            logger.info(
-                "etcd_lock.standby: %s leads %r, and this beat stands by", who(leader), self._settings.beat_name
-            )
+        if leader is None:
+            return
+        beat, project = self._settings.beat_name, said_by(leader).get("app")
+        logger.info("etcd_lock.standby: %s leads %r, and this beat stands by", who(leader), beat)
+        if project and self._project and project != self._project:
+            logger.warning(
+                "etcd_lock.another_project: %s, which leads %r, is a beat of the app %r and sends nothing of %r: give "
+                "each project an etcd_lock_namespace of its own",
+                who(leader), beat, project, self._project,
+            )  # fmt: skip
+
+    def _description(self, session: Session) -> str:
+        since = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return value_of(
+            host=session.host,
+            pid=session.pid,
+            since=since,
+            nonce=secrets.token_hex(6),
+            extra={"app": self._project} if self._project else None,
+        ).decode()
 
 
-def _describe(session: Session) -> str:
-    since = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    nonce = secrets.token_hex(6)
-    return value_of(host=session.host, pid=session.pid, since=since, nonce=nonce, extra=None).decode()
+def said_by(leader: Leader) -> dict[str, Any]:
+    """What a leader says of itself."""
+    try:
+        said = json.loads(leader.value)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def who(leader: Leader) -> str:
     """The leader, for people."""
-    try:
-        said = json.loads(leader.value)
-        return f"{said['host']}:{said['pid']}"
-    except (ValueError, TypeError, KeyError):
-        return leader.key
+    said = said_by(leader)
+    return f"{said['host']}:{said['pid']}" if said.keys() >= {"host", "pid"} else leader.key

@@ -65,8 +65,12 @@ class Fenced(Scheduler):
     _retired = False
     _publishing = False
 
-    def begin(self, ledger: Ledger, outage: Outage, *, beat: str, scope: str) -> None:
-        """Send what is due, as far as `ledger` lets it through, for the `beat` of this name."""
+    def begin(self, ledger: Ledger, outage: Outage, *, beat: str, scope: str, done_ttl: float) -> None:
+        """Send what is due, as far as `ledger` lets it through, for the `beat` of this name.
+
+        `done_ttl`: for how many seconds a task's id is remembered where it has run.
+        """
+        self._id_ttl = timedelta(seconds=done_ttl)
         self._ledger = ledger
         self._outage = outage
         self._beat = beat
@@ -133,8 +137,7 @@ class Fenced(Scheduler):
         if not self._comes_up(entry, reserved):
             return None
         known = self._ledger.of(entry.name) or Record()
-        again = known.state == "sending" and known.slot is not None
-        slot = known.slot if again and known.slot else self._slot(entry, known.slot)
+        slot, again = self._slot(entry, known)
         sending = Record(last_run(entry), runs(entry)).sending(slot)
         try:
             free = self._ledger.claim(entry.name, sending)
@@ -184,14 +187,20 @@ class Fenced(Scheduler):
             return False
         return (last, runs(entry)) != (record.last_run_at, record.total_run_count)
 
-    def _slot(self, entry: Entry, before: Slot | None) -> Slot:
-        """For the tick that is due now. Later than the one `before`, whatever clocks and schedules say."""
+    def _slot(self, entry: Entry, known: Record) -> tuple[Slot, bool]:
+        """For the tick that is due now; and whether it may have been sent before, under the same id.
+
+        Later than the one before, whatever clocks and schedules say.
+        """
         now = maybe_make_aware(entry.schedule.now())
-        last = last_run(entry)
+        last, before = last_run(entry), known.slot
         due = now if last is None else due_time(entry.schedule, last.astimezone(now.tzinfo), now)
+        # An id that nobody remembers does not tell a repeat any more, but could take a later tick for one.
+        if before is not None and known.state == "sending" and (due <= before.due or now - before.due < self._id_ttl):
+            return before, True
         if before is not None and due <= before.due:
             due = max(now, before.due + timedelta(microseconds=1))
-        return slot_of(self._scope, entry.name, due)
+        return slot_of(self._scope, entry.name, due), False
 
     def _publish(self, entry: Entry, slot: Slot, producer: Any, kwargs: dict[str, Any]) -> Any:
         task = self.app.tasks.get(entry.task)

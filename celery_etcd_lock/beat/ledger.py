@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 
 from celery_etcd_lock.beat.record import Record, entry_key, entry_name
 from celery_etcd_lock.etcd.api import Compare, Delete, KeyValue, Put, Range, Txn, TxnReply, created_at, prefix_end
@@ -62,9 +63,17 @@ class Ledger:
         kept = self._kept.get(entry)
         return kept.record if kept is not None and kept.revision else None
 
-    def records(self) -> list[Record]:
-        """All that there are."""
-        return [kept.record for kept in self._kept.values() if kept.revision]
+    def latest(self, default: datetime) -> datetime:
+        """The latest last run of all that there is."""
+        return max((kept.record.last_run_at or default for kept in self._kept.values()), default=default)
+
+    def doubt(self, now: datetime, most: timedelta) -> None:
+        """Take last runs that are more than `most` ahead for `now`, instead of waiting for a clock that was wrong."""
+        for entry, kept in self._kept.items():
+            last = kept.record.last_run_at
+            if last is not None and last - now > most:
+                record = kept.record if kept.record.state == "sending" else Record(None, kept.record.total_run_count)
+                self._kept[entry] = replace(kept, record=replace(record, last_run_at=now))
 
     def see(self, entries: Mapping[str, Record]) -> None:
         """Write down entries of which there is no record, as they are now: whoever leads next goes on from there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import closing, suppress
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import Any
 
 import click
@@ -13,6 +13,7 @@ from celery.beat import PersistentScheduler, Scheduler
 from celery.utils.imports import qualname
 
 from celery_etcd_lock.beat.candidate import Candidate, who
+from celery_etcd_lock.beat.clocks import BELIEVED, REPORTED
 from celery_etcd_lock.beat.fenced import Fenced, fenced
 from celery_etcd_lock.beat.ledger import Ledger
 from celery_etcd_lock.beat.outage import Outage
@@ -31,7 +32,6 @@ _LOOK = 1.0
 """Seconds, at most, that a tick takes while it stands by: Celery looks between two whether it is to end."""
 
 _ASK_AGAIN = 0.2
-_SKEW = timedelta(seconds=5)
 
 
 class EtcdScheduler(Scheduler):
@@ -70,7 +70,7 @@ class EtcdScheduler(Scheduler):
             )
             self._inner = self._wrapped(**self._arguments, lazy=False)
         self._candidate = Candidate(
-            self._settings, self._outage, lambda signal, record: signal.send(app, record=record)
+            self._settings, self._outage, app.main or "", lambda signal, record: signal.send(app, record=record)
         )
 
     # -- what Celery calls
@@ -160,11 +160,15 @@ class EtcdScheduler(Scheduler):
         with deferred():
             ledger.load()
         self._outage.over()
-        self._report_skew(ledger)
+        self._look_at_clock(ledger)
         scheduler = fenced(self._wrapped, adopt=not ledger.names())
         inner = scheduler(**self._arguments, lazy=False)
         inner.begin(
-            ledger, self._outage, beat=settings.beat_name, scope=beat_prefix(settings.namespace, settings.beat_name)
+            ledger,
+            self._outage,
+            beat=settings.beat_name,
+            scope=beat_prefix(settings.namespace, settings.beat_name),
+            done_ttl=settings.done_ttl,
         )
         self._inner, self._ledger, self._leadership = inner, ledger, leadership
 
@@ -173,15 +177,17 @@ class EtcdScheduler(Scheduler):
         if isinstance(inner, Fenced):
             inner.retire()
 
-    def _report_skew(self, ledger: Ledger) -> None:
+    def _look_at_clock(self, ledger: Ledger) -> None:
         now = datetime.now(timezone.utc)
-        latest = max((record.last_run_at for record in ledger.records() if record.last_run_at), default=now)
-        if latest - now > _SKEW:
-            logger.warning(
-                "etcd_lock.clock_skew: the beat that led before wrote down %s, which is %.0f s from now by the clock "
-                "of this host: one of the two is wrong. What was sent is not sent again; intervals go on from there",
-                latest.isoformat(), (latest - now).total_seconds(),
-            )  # fmt: skip
+        ahead = ledger.latest(now) - now
+        if ahead <= REPORTED:
+            return
+        logger.warning(
+            "etcd_lock.clock_skew: the beat that led before wrote down a time that is %.0f s from now by the clock of "
+            "this host: one of the two is wrong. What was sent is not sent again%s",
+            ahead.total_seconds(), ", except what was due by that clock alone" if ahead > BELIEVED else "",
+        )  # fmt: skip
+        ledger.doubt(now, BELIEVED)
 
     def _who_leads(self) -> str:
         """As a beat that only just begins can tell."""
