@@ -56,6 +56,8 @@ class Clocks:
                 pass  # those who join meanwhile are not compared
             if not self._closed.wait(_PAUSE):
                 self._stream = self._transport.watch(self._watch(0))
+                if self._closed.is_set():
+                    self._stream.close()
 
     def _look(self, event: Event) -> None:
         if event.kind == "put" and event.kv.create_revision == event.kv.mod_revision:

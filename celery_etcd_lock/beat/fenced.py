@@ -168,11 +168,11 @@ class Fenced(Scheduler):
         record = self._ledger.of(entry.name)
         if record is not None and self._is_behind(entry, record):
             bring(entry, record.last_run_at, record.total_run_count)
-            due = reserved is None and self.is_due(entry)[0]
+            due, again_in = self.is_due(entry) if reserved is None else (False, 0.0)
             if not due:
                 if reserved is None:
                     put_off(entry)
-                self._fence(entry, reserved, f"it was sent already, at {record.last_run_at}")
+                self._fence(entry, reserved, f"it was sent already, at {record.last_run_at}", again_in)
                 return False
         _, until = self._failed.get(entry.name, (0, 0.0))
         if (pause := until - time.monotonic()) > 0:
@@ -192,7 +192,7 @@ class Fenced(Scheduler):
 
         Later than the one before, whatever clocks and schedules say.
         """
-        now = maybe_make_aware(entry.schedule.now())
+        now = maybe_make_aware(getattr(entry.schedule, "now", entry.default_now)())
         last, before = last_run(entry), known.slot
         due = now if last is None else due_time(entry.schedule, last.astimezone(now.tzinfo), now)
         # An id that nobody remembers does not tell a repeat any more, but could take a later tick for one.
@@ -229,10 +229,10 @@ class Fenced(Scheduler):
             self._reserved = None
         self._failed.pop(entry.name, None)
 
-    def _fence(self, entry: Entry, reserved: Entry | None, reason: str) -> None:
+    def _fence(self, entry: Entry, reserved: Entry | None, reason: str, pause: float = 0.0) -> None:
         record = signals.TickFencedRecord(self._beat, entry.name, entry.task, reason)
         signals.tick_fenced.send(self.app, record=record)
-        self._put(entry, reserved, 0.0)
+        self._put(entry, reserved, pause)
 
     def _say_sent(self, entry: Entry, slot: Slot, *, again: bool) -> None:
         late = (datetime.now(timezone.utc) - slot.due).total_seconds()

@@ -77,13 +77,11 @@ class Ledger:
 
     def see(self, entries: Mapping[str, Record]) -> None:
         """Write down entries of which there is no record, as they are now: whoever leads next goes on from there."""
-        new = [name for name in entries if self.of(name) is None]
-        for first in range(0, len(new), _OPERATIONS):
-            names = new[first : first + _OPERATIONS]
-            keys = [entry_key(self._prefix, name) for name in names]
-            puts = [Put(key, entries[name].to_json()) for key, name in zip(keys, names, strict=True)]
+        while new := [name for name in entries if self.of(name) is None][:_OPERATIONS]:
+            keys = [entry_key(self._prefix, name) for name in new]
+            puts = [Put(key, entries[name].to_json()) for key, name in zip(keys, new, strict=True)]
             reply = self._send(Txn([created_at(key, 0) for key in keys], puts, [Range(key) for key in keys]))
-            for number, name in enumerate(names):
+            for number, name in enumerate(new):
                 if reply.succeeded:
                     self._kept[name] = _Kept(entries[name], reply.header.revision)
                 else:

@@ -64,14 +64,16 @@ class EtcdScheduler(Scheduler):
         if lazy:
             return
         if self._settings.enabled is not True:
-            logger.warning(
-                "etcd_lock.beat_alone: etcd_lock_enabled is %r: this beat sends every tick, whatever others do",
-                self._settings.enabled,
-            )
+            self._say_alone(f"etcd_lock_enabled is {self._settings.enabled!r}")
             self._inner = self._wrapped(**self._arguments, lazy=False)
+        elif self._settings.endpoints[0].startswith("memory://"):
+            self._say_alone("etcd_lock_endpoints is memory://, which no other process shares")
         self._candidate = Candidate(
             self._settings, self._outage, app.main or "", lambda signal, record: signal.send(app, record=record)
         )
+
+    def _say_alone(self, why: str) -> None:
+        logger.warning("etcd_lock.beat_alone: %s: this beat sends every tick, whatever others do", why)
 
     # -- what Celery calls
 
