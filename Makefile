@@ -10,7 +10,7 @@ bin := $(VENV)/bin
 celery_tests := tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos check format clean
+.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ coverage: $(VENV)/.test ## the tests once more, with the lines and branches they
 
 chaos: $(VENV)/.test ## locks under faults for SECONDS=120, and whether they excluded; SEED=… for the same faults again
 	@$(bin)/python -m tests.safety.chaos --seconds=$(or $(SECONDS),120) $(if $(SEED),--seed=$(SEED)) $(ARGS)
+
+chaos-beat: $(VENV)/.test ## three beats under faults for SECONDS=300, and whether every tick was sent once; SEED=… as above
+	@$(bin)/python -m tests.beat.chaos --seconds=$(or $(SECONDS),300) $(if $(SEED),--seed=$(SEED)) $(ARGS)
 
 check: $(VENV)/.dev ## ruff, mypy and the import contracts
 	@$(bin)/ruff check

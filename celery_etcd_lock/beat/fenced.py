@@ -79,6 +79,7 @@ class Fenced(Scheduler):
         self._failed: dict[str, tuple[int, float]] = {}
         """Of entries that could not be published: how often in a row, and when to try again (monotonic)."""
         self._put_back: list[tuple[Entry, float]] = []
+        self.lock_key = None  # RedBeat's own lock, in whose place all this is
         self._tidied = time.monotonic()
         self._tidy()
 

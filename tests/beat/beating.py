@@ -1,0 +1,53 @@
+"""The Celery project of the beats under test, and of the worker that receives what they send.
+
+Set up by environment variables; see `beats.py`. Each task writes down what it was given, one line for each message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from celery import Celery
+from celery.schedules import crontab
+
+from celery_etcd_lock import singleton_task
+
+app = Celery("beating", broker=os.environ["BROKER_URL"])
+app.conf.update(
+    broker_connection_retry_on_startup=True,
+    task_default_queue=os.environ["QUEUE"],
+    task_ignore_result=True,
+    timezone="Europe/Berlin",  # not UTC, in which all times are written down
+    beat_schedule={
+        "second": {"task": "received", "schedule": 1.0, "args": ("second",)},
+        "seven": {"task": "received", "schedule": 7.0, "args": ("seven",)},
+        "minute": {"task": "received", "schedule": crontab(), "args": ("minute",)},
+        "alone": {"task": "alone", "schedule": 1.0, "args": ("alone",)},
+    },
+    **json.loads(os.environ.get("SETTINGS", "{}")),
+)
+
+
+def note(self: Any, entry: str) -> None:
+    tick = (self.request.headers or {}).get("etcd_lock_beat") or {}
+    line = {"entry": entry, "id": self.request.id, "at": time.time(), "due": tick.get("due", "")}
+    handle = os.open(os.environ["RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(handle, json.dumps(line).encode() + b"\n")
+    finally:
+        os.close(handle)
+
+
+@app.task(bind=True, name="received")
+def received(self: Any, entry: str) -> None:
+    """What the worker was sent: a plain task, which runs as often as it is delivered."""
+    note(self, entry)
+
+
+@singleton_task(app=app, bind=True, name="alone")
+def alone(self: Any, entry: str) -> None:
+    """A singleton, which runs once for each id."""
+    note(self, entry)
