@@ -15,6 +15,7 @@ import click
 from celery import bootsteps, signals
 
 from celery_etcd_lock import events
+from celery_etcd_lock.beat.wrapped import is_ours, settings_for_beat, wrapped_scheduler
 from celery_etcd_lock.exceptions import ConfigError
 from celery_etcd_lock.inspection import locks_of_children, locks_of_process, sessions_prefix
 from celery_etcd_lock.orphans import LOOK_EVERY, Orphans
@@ -39,6 +40,8 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
         try:
             settings = Settings.from_app(parent.app)
             settings.check_here()
+            if kwargs.get("beat") and is_ours(parent.scheduler):
+                wrapped_scheduler(parent.app, settings_for_beat(parent.app))
         except ConfigError as error:
             raise click.ClickException(str(error)) from error
         if _forks(parent) and any(url.startswith("memory://") for url in settings.endpoints):

@@ -1,4 +1,4 @@
-"""The real etcd that tests share, and names of their own in it."""
+"""The real servers that tests share, and names of their own in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from celery import _state
 
 from celery_etcd_lock.testing import EtcdNotFound, EtcdServer, find_etcd
 from tests.contenders.driver import GoNotFound, build_go
-from tests.servers import etcd3_environment, skip_or_fail
+from tests.servers import RedisNotFound, RedisServer, etcd3_environment, skip_or_fail
+from tests.workers import collect_garbage
 
 _BUILD_SECONDS = "go_build_seconds"
 _LONGEST_BUILD = pytest.StashKey[float]()
@@ -38,6 +39,18 @@ def etcd() -> Iterator[EtcdServer]:
         pytest.skip(str(missing))
     with EtcdServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[RedisServer]:
+    """One real Redis for the whole run, as broker and result backend; each project has a queue of its own."""
+    try:
+        server = RedisServer()
+    except RedisNotFound as missing:
+        skip_or_fail(missing)
+    with server:
+        yield server
+        collect_garbage()
 
 
 @pytest.fixture(scope="session")

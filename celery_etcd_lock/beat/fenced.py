@@ -147,6 +147,7 @@ class Fenced(Scheduler):
         except EtcdLockError as error:
             self._outage.fails(error)
             return self._put(entry, reserved, _PAUSE)
+        self._outage.over()
         if not free:
             return self._fence(entry, reserved, "etcd knows more of it than this beat did")
         if not self._ledger.leads:  # the answer was long under way

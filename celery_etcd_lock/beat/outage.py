@@ -27,10 +27,12 @@ class Outage:
         self._spell = Spell(_RESPITE)
         self.lasts = False
         """Whether etcd failed when it was last asked."""
+        self.full = False
+        """Whether it was because it has no room: then it answers what is asked, and refuses what is to be written."""
 
     def fails(self, error: EtcdLockError) -> None:
         """etcd did not do what was asked, because of `error`."""
-        self.lasts = True
+        self.lasts, self.full = True, isinstance(error, NoSpace)
         word = self._spell.fails()
         if word is None:
             return
@@ -54,7 +56,7 @@ class Outage:
 
     def over(self) -> None:
         """etcd has done what was asked."""
-        self.lasts = False
+        self.lasts = self.full = False
         if word := self._spell.over():
             logger.warning("etcd_lock.beat_available: etcd is back after %.0f s", word.lasted)
 

@@ -145,11 +145,13 @@ class EtcdScheduler(Scheduler):
             self._take_over(leadership)
         inner, ledger = self._inner, self._ledger
         assert isinstance(inner, Fenced)
-        if self._outage.lasts or ledger.unsettled:
-            with deferred():
-                ledger.ask()
+        with deferred():
+            if ledger.unsettled:
                 ledger.settle()
-            self._outage.over()
+                self._outage.over()
+            elif self._outage.lasts and not self._outage.full:
+                ledger.ask()
+                self._outage.over()
         interval = inner.tick()
         return min(interval, _LOOK) if ledger.unsettled or self._outage.lasts else interval
 

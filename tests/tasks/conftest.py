@@ -12,20 +12,8 @@ import pytest
 
 from celery_etcd_lock.testing import EtcdServer
 from tests.rabbit import RabbitNotFound, RabbitServer
-from tests.servers import RedisNotFound, RedisServer, skip_or_fail
-from tests.workers import Project, collect_garbage, project
-
-
-@pytest.fixture(scope="session")
-def redis() -> Iterator[RedisServer]:
-    """One real Redis for the whole run, as broker and result backend; each project has a queue of its own."""
-    try:
-        server = RedisServer()
-    except RedisNotFound as missing:
-        skip_or_fail(missing)
-    with server:
-        yield server
-        collect_garbage()
+from tests.servers import RedisServer, skip_or_fail
+from tests.workers import Project, project
 
 
 @pytest.fixture(scope="session")
