@@ -7,7 +7,7 @@ ARGS ?=
 # How many tests run at once: most of them wait for servers and workers, which takes no processor.
 WORKERS ?= 5
 bin := $(VENV)/bin
-celery_tests := tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
+celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check format clean

@@ -45,7 +45,8 @@ def due_time(plan: Any, last_run_at: datetime, now: datetime) -> datetime:
     """
     every: timedelta | None = getattr(plan, "run_every", None)
     if type(plan) is schedule and not plan.relative and every:
-        return last_run_at + max(1, (now - last_run_at) // every) * every
+        last = last_run_at.astimezone(timezone.utc)  # elsewhere a day would have 23 hours, now and then
+        return last + max(1, (now.astimezone(timezone.utc) - last) // every) * every
     frozen = _at(plan, now)
     try:
         due = _following(frozen, last_run_at, now)
@@ -67,7 +68,14 @@ def _at(plan: Any, now: datetime) -> Any:
 def _following(frozen: Any, moment: datetime, now: datetime) -> datetime | None:
     """The slot that comes after `moment`."""
     remaining = frozen.remaining_estimate(moment)
-    return None if remaining is None else now + remaining
+    if remaining is None:
+        return None
+    due: datetime = (now.astimezone(timezone.utc) + remaining).astimezone(now.tzinfo)
+    by_the_wall: datetime = now + remaining
+    by_the_clock = isinstance(frozen, crontab)
+    if by_the_clock and not (due.hour in frozen.hour and due.minute in frozen.minute):
+        return by_the_wall  # so Celery 5.4 counts, over the change to and from summer time
+    return due
 
 
 def _latest(frozen: Any, due: datetime, now: datetime) -> datetime:

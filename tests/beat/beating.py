@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+from pathlib import Path
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 from celery.schedules import crontab
 
 from celery_etcd_lock import singleton_task
@@ -51,3 +53,16 @@ def received(self: Any, entry: str) -> None:
 def alone(self: Any, entry: str) -> None:
     """A singleton, which runs once for each id."""
     note(self, entry)
+
+
+def kill(body: Any = None, **_: Any) -> None:
+    """Of the first beat that comes here with a message of the entry in ``KILL_ENTRY``."""
+    if tuple(body[0]) == (os.environ["KILL_ENTRY"],):
+        flag = Path(os.environ["RECORD"] + ".killed")
+        if not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if "KILL_AT" in os.environ:
+    getattr(signals, os.environ["KILL_AT"]).connect(kill)

@@ -89,6 +89,8 @@ class Beats:
     app: str = "beating"
     queue: str = field(default_factory=lambda: f"q{uuid.uuid4().hex}")
     processes: list[Beat] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
+    """More of the environment."""
 
     def __post_init__(self) -> None:
         self.record = self.folder / f"{self.queue}.jsonl"
@@ -115,6 +117,7 @@ class Beats:
             "QUEUE": self.queue,
             "RECORD": str(self.record),
             "SETTINGS": json.dumps(self.settings),
+            **self.variables,
         }
 
     def _begin(self, kind: str, *arguments: str) -> Beat:

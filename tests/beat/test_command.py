@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +12,13 @@ import click
 import pytest
 
 from celery_etcd_lock.beat import EtcdScheduler
-from celery_etcd_lock.testing import EtcdServer
 from tests.beat.beats import Beats
 from tests.beat.bench import Bench
-from tests.servers import RedisServer, free_port
+from tests.servers import free_port
 from tests.workers import until
 
 NewBeats = Callable[..., Beats]
 NewBench = Callable[..., Bench]
-
-
-@pytest.fixture
-def new_beats(redis: RedisServer, etcd: EtcdServer, tmp_path: Path) -> Iterator[NewBeats]:
-    with ExitStack() as stack:
-
-        def new(etcd_url: str = etcd.url, **settings: Any) -> Beats:
-            return stack.enter_context(Beats(redis.url, etcd_url, tmp_path, settings))
-
-        yield new
 
 
 def run(beats: Beats, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shelve
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from celery.beat import BeatLazyFunc, ScheduleEntry, Scheduler
 from celery.schedules import crontab
 
+from celery_etcd_lock.etcd.api import Range
 from celery_etcd_lock.signals import TickSentRecord
 from tests.beat.bench import Bench
 
@@ -185,3 +187,17 @@ def test_a_scheduler_of_ones_own(new_bench: NewBench) -> None:
     again = bench.leading()
     assert again.schedule["two"].odd
     assert again.schedule["two"].total_run_count == 1
+
+
+def test_what_is_in_etcd_of_a_beat(new_bench: NewBench) -> None:
+    """The layout is public: a rolling deploy mixes versions, and `etcdctl` shows who leads."""
+    bench = new_bench({"nightly/ä": DAILY})
+    beat = bench.leading()
+    session: Any = beat._candidate._session
+    (leader,) = session.transport.range(Range(f"/{bench.name}/beat/", f"/{bench.name}/beat/default/m")).kvs[1:]
+    assert leader.key == f"/{bench.name}/beat/default/leader/write/{session.lease:x}"
+    assert list(json.loads(leader.value)) == ["host", "pid", "since", "nonce", "app"]
+    (entry,) = session.transport.range(Range(f"/{bench.name}/beat/default/entry/", f"/{bench.name}/beat/default/f")).kvs
+    assert entry.key == f"/{bench.name}/beat/default/entry/nightly%2F%C3%A4"
+    assert list(json.loads(entry.value)) == ["last_run_at", "total_run_count"]
+    assert entry.lease == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn
+from celery_etcd_lock.etcd.api import Compare, Delete, Put, Range, Txn
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport
 from celery_etcd_lock.exceptions import EtcdUnavailable, LockContended, LockLost, LockTimeout
 from celery_etcd_lock.locks import Election, Leader, Leadership, Session
@@ -42,6 +42,35 @@ def leads(election: Election) -> Leader:
     leader = election.leader()
     assert leader is not None
     return leader
+
+
+class TestTransactions:
+    def test_the_leaders_are_carried_out(self, open_session: OpenSession, prefix: str) -> None:
+        """The replies are to the transaction alone, whichever branch is taken."""
+        leadership = Election(open_session(ttl=30), prefix + "a").campaign()
+        key = prefix + "written"
+        absent = Compare(key, "create", "==", 0)
+        done = leadership.txn(Txn([absent], [Put(key, b"1"), Range(key)], [Range(key)]))
+        assert done.succeeded
+        assert done.range(1).kvs[0].value == b"1"
+        again = leadership.txn(Txn([absent], [Put(key, b"2")], [Range(key)]))
+        assert not again.succeeded
+        assert len(again.responses) == 1
+        assert again.range(0).kvs[0].value == b"1"
+        assert leadership.is_held()
+
+    def test_nobody_elses_are(self, open_session: OpenSession, prefix: str) -> None:
+        """`LockLost`, and nothing is written, by one whose key is gone, whether it knows that or not."""
+        session = open_session(ttl=30)
+        leadership = Election(session, prefix + "a").campaign()
+        session.transport.delete(Delete(leadership.key))
+        assert leadership.is_held(), "nobody has told it"
+        with pytest.raises(LockLost, match="was deleted"):
+            leadership.txn(Txn([], [Put(prefix + "written", b"1")]))
+        assert not leadership.is_held()
+        with pytest.raises(LockLost):
+            leadership.txn(Txn([], [Put(prefix + "written", b"1")]))
+        assert session.transport.range(Range(prefix + "written")).count == 0
 
 
 class TestCampaign:
