@@ -23,6 +23,9 @@ from tests.workers import until
 __all__ = ["Bench", "Sent"]
 
 
+_SIGNALS = (signals.leader_elected, signals.leader_lost, signals.tick_sent, signals.tick_fenced)
+
+
 def _nothing(*args: Any) -> None:
     """Nobody runs it."""
 
@@ -70,8 +73,8 @@ class Bench:
         task: Any = self.app.task
         task(_nothing, name="plain", shared=False)
         task(_nothing, name="single", base=SingletonTask, shared=False)
-        for each in (signals.leader_elected, signals.leader_lost, signals.tick_sent, signals.tick_fenced):
-            each.connect(self._note)
+        for each in _SIGNALS:
+            each.connect(self._note, weak=False, dispatch_uid=self.name)
 
     def _note(self, sender: Celery, record: Any, **_: Any) -> None:
         if sender is self.app:
@@ -80,6 +83,8 @@ class Bench:
     def close(self) -> None:
         for scheduler in self.schedulers:
             scheduler.close()
+        for each in _SIGNALS:
+            each.disconnect(dispatch_uid=self.name)
         self.app.close()
 
     def scheduler(self, **options: Any) -> EtcdScheduler:

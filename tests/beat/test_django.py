@@ -17,7 +17,7 @@ import pytest
 
 from celery_etcd_lock.testing import EtcdServer
 from tests.beat.beats import Beats
-from tests.beat.checker import check
+from tests.beat.checker import Disturbance, check
 from tests.servers import RedisServer
 from tests.workers import until
 
@@ -78,10 +78,11 @@ def test_takeovers_around_the_database_scheduler(beats: DjangoBeats) -> None:
     for _ in range(3):
         beats.beat()
     until(lambda: beats.received("clocked") and len(beats.received("second")) >= 3, "the first ticks")
+    # The database lags behind, which is what this is about.
+    until(lambda: len(beats.received("second")) >= beats.row("second")[1] + 2, "ticks that are not in the database")
     begin = time.time()
     killed = beats.await_leader()
     killed.kill()
-    assert beats.row("second")[1] < len(beats.received("second")), "the database lags behind: that is what it is about"
     frozen = beats.await_leader(other_than=killed, seconds=TTL + 15)
     there = len(beats.received("second"))
     until(lambda: len(beats.received("second")) >= there + 2, "ticks of the second leader")
@@ -101,8 +102,11 @@ def test_takeovers_around_the_database_scheduler(beats: DjangoBeats) -> None:
     assert frozen.stop() == 0
     assert (beats.row("second")[0] or last) >= last, "it has not put back what was before"
     receipts = beats.received()
-    assert len(beats.received("once")) == len(beats.received("clocked")) == 1
-    report = check(receipts, (), {"second": 1.0}, begin=begin, end=begin + 1, slack=TTL + 20.0)
+    assert (
+        len({each.id for each in beats.received("once")}) == len({each.id for each in beats.received("clocked")}) == 1
+    )
+    away = [Disturbance("killed or frozen", begin, time.time())]
+    report = check(receipts, away, {"second": 1.0}, begin=begin, end=time.time(), slack=3.0)
     assert not report.violations
     assert "Traceback" not in "".join(each.output for each in beats.processes)
 
@@ -130,11 +134,11 @@ def test_entries_that_are_changed_while_beats_run(beats: DjangoBeats) -> None:
         "often = PeriodicTask.objects.get(name='second'); often.enabled = True; often.save()\n"
         "PeriodicTask.objects.get(name='new').delete()\n"
     )
-    until(lambda: len(beats.received("second")) >= off + 2, "enabled again")
+    until(lambda: len(beats.received("second")) >= off + 3, "enabled again")
     one, two = beats.received("second")[off : off + 2]
     assert (due(two) - due(one)).total_seconds() > 0.9, "no burst for the time that it was off"
     gone = len(beats.received("new"))
-    until(lambda: len(beats.received("second")) >= off + 4, "more")
-    assert len(beats.received("new")) <= gone + 1
+    until(lambda: len(beats.received("second")) >= off + 5, "more")
+    assert len(beats.received("new")) == gone, "deleted"
     ids = [each.id for each in beats.received()]
     assert len(set(ids)) == len(ids)
