@@ -1,4 +1,4 @@
-"""The demo's Celery app and its tasks: one without a lock, three with one, each with a conflict policy."""
+"""The demo's Celery app and its tasks: one without a lock, three with one, each with a conflict policy, and beat's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from example_project.demo import files, record
 FOLDER = Path(os.environ["DEMO_FOLDER"])
 RECORD = FOLDER / "record"
 TTL = 4
+BEAT_TTL = 6
 
 app = Celery("demo")
 app.conf.update(
@@ -28,7 +29,10 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     # Where etcd is comes from the environment: CELERY_ETCD_LOCK_ENDPOINTS.
     etcd_lock_ttl=TTL,
+    etcd_lock_timeout=BEAT_TTL / 3,
+    etcd_lock_beat_ttl=BEAT_TTL,
     etcd_lock_enabled=os.environ.get("DEMO_LOCK") != "off",
+    beat_schedule={"tick": {"task": "demo.ticked", "schedule": 1.0}},
 )
 if os.environ["DEMO_BROKER"].startswith("filesystem:"):
     TRANSPORT_ALIASES["filesystem"] = f"{files.__name__}:Transport"
@@ -76,3 +80,10 @@ def skipped(job: str, number: int, seconds: float) -> int:
 @singleton_task(app=app, name="demo.waiting", unique_on="job", on_conflict=Conflict.wait(timeout=30))
 def waiting(job: str, number: int, seconds: float) -> int:
     return work(job, number, seconds, current_lock.fencing_token)
+
+
+@app.task(name="demo.ticked", bind=True)
+def ticked(self: Any) -> None:
+    """What beats send: writes down for when it was due, as far as the message says."""
+    due = (self.request.headers or {}).get("etcd_lock_beat", {}).get("due")
+    record.note(RECORD, what="tick", job="tick", due=due)

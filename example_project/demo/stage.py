@@ -1,4 +1,4 @@
-"""What the story is played on: an etcd, a broker and two workers, all of them gone when it ends."""
+"""What the story is played on: an etcd, a broker, two workers and beats, all of them gone when it ends."""
 
 from __future__ import annotations
 
@@ -20,21 +20,15 @@ from tests.servers import RedisNotFound, RedisServer, find_redis
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Worker:
-    """A real prefork worker, with all its children in a process group of their own."""
+class Process:
+    """A real ``celery …``, with all its children in a process group of their own."""
 
-    def __init__(self, name: str, children: int, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, *command: str) -> None:
         self.name = name
-        self.children = children
-        self._record = folder / "record"
         self._log = folder / f"{name}.log"
-        options = [
-            *("-P", "prefork", "-c", str(children), "-n", f"{name}@demo", "-Q", f"jobs,{name}", "-l", "info"),
-            *("--without-mingle", "--without-gossip", "--without-heartbeat"),
-        ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", "example_project.demo.app", "worker", *options],
+                [sys.executable, "-m", "celery", "-A", "example_project.demo.app", *command, "-l", "info"],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -42,17 +36,40 @@ class Worker:
                 start_new_session=True,
             )
 
+    def kill(self) -> None:
+        """SIGKILL to it and all its children at once. Safe to call twice."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def has_said(self, what: str) -> bool:
+        return what in self._log.read_text(errors="replace")
+
+
+class Beat(Process):
+    """A real beat, whose scheduler is ours."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__(name, folder, "beat", "-S", "etcd_lock", "-s", str(folder / f"{name}-schedule"))
+
+
+class Worker(Process):
+    """A real prefork worker."""
+
+    def __init__(self, name: str, children: int, folder: Path) -> None:
+        self.children = children
+        self._record = folder / "record"
+        options = [
+            *("-P", "prefork", "-c", str(children), "-n", f"{name}@demo", "-Q", f"jobs,{name}"),
+            *("--without-mingle", "--without-gossip", "--without-heartbeat"),
+        ]
+        super().__init__(name, folder, "worker", *options)
+
     def wait_ready(self, *, timeout: float = 60.0) -> None:
         """Wait until it takes messages. `RuntimeError` when it ends, or does not within `timeout` seconds."""
         ready = await_until(lambda: self._said_ready() or self._process.poll() is not None, timeout=timeout)
         if not ready or self._process.poll() is not None:
             raise RuntimeError(f"{self.name} did not start; its log:\n{self._log.read_text(errors='replace')[-2000:]}")
-
-    def kill(self) -> None:
-        """SIGKILL to the worker and all its children at once. Safe to call twice."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
     def _said_ready(self) -> bool:
         return bool(record.written(self._record, f"ready {self.name}@demo"))
@@ -60,12 +77,23 @@ class Worker:
 
 @dataclass(frozen=True)
 class Stage:
-    """`folder` holds the record and the workers' logs; `broker` and `etcd` are what to call them in print."""
+    """`folder` holds the record and all logs; `broker` and `etcd` are what to call them in print."""
 
     folder: Path
     etcd: str
     broker: str
     workers: list[Worker]
+    ends: contextlib.ExitStack
+
+    def beats(self, count: int) -> list[Beat]:
+        """Start so many beats, one after the other, so that it is known which leads first."""
+        started = []
+        for number in range(1, count + 1):
+            beat = Beat(f"beat{number}", self.folder)
+            self.ends.callback(beat.kill)
+            await_until(lambda beat=beat: beat.has_said("beat: Starting"), timeout=60)  # type: ignore[misc]
+            started.append(beat)
+        return started
 
 
 @contextlib.contextmanager
@@ -94,7 +122,7 @@ def opened() -> Iterator[Stage]:
             stack.callback(worker.kill)
             worker.wait_ready()  # one after the other: two at once break the filesystem transport's own files
             workers.append(worker)
-        yield Stage(folder, _version(etcd.binary), broker, workers)
+        yield Stage(folder, _version(etcd.binary), broker, workers, stack)
 
 
 def _version(etcd: Path) -> str:

@@ -14,7 +14,7 @@ from celery.states import READY_STATES
 
 from celery_etcd_lock import LockContended
 from example_project.demo import app
-from example_project.demo.record import Run, cut_short, overlaps, runs, timeline
+from example_project.demo.record import Run, cut_short, overlaps, runs, timeline, written
 from example_project.demo.stage import Stage, await_until
 
 PATIENCE = 60.0
@@ -30,7 +30,7 @@ class Story:
         self.broken = 0
 
     def tell(self) -> None:
-        for chapter in (self.ten_at_once, self.skip_and_wait, self.twice_the_ttl, self.killed):
+        for chapter in (self.ten_at_once, self.skip_and_wait, self.twice_the_ttl, self.killed, self.two_beats):
             try:
                 chapter()
             except TimeoutError:
@@ -93,6 +93,27 @@ class Story:
             f"{survivor.name} took the job over {took:.1f} s after the kill, the lease being of {app.TTL} s",
         )
 
+    def two_beats(self) -> None:
+        heading("Two beats, and an entry that is due every second")
+        leader, heir = self.stage.beats(2)
+        if not await_until(lambda: len(ticks()) >= 5, timeout=PATIENCE):
+            raise TimeoutError
+        leader.kill()
+        killed_at = time.monotonic()
+        if not await_until(lambda: sum(tick["time"] > killed_at for tick in ticks()) >= 5, timeout=PATIENCE):
+            raise TimeoutError
+        sent = ticks()
+        # A message that does not say for when it is counts for the second in which it came.
+        dues = {tick["due"] or math.floor(tick["time"]) for tick in sent}
+        self.promise(len(dues) == len(sent), f"{len(sent)} ticks came, for {len(dues)} due times")
+        pause = max(later["time"] - one["time"] for one, later in itertools.pairwise(sent))
+        took_over = heir.has_said("etcd_lock.leader_elected")
+        self.promise(
+            took_over and 1.5 < pause < app.BEAT_TTL + 10,
+            f"{leader.name} was killed with kill -9, and {heir.name} went on after {pause:.1f} s, the lease being of "
+            f"{app.BEAT_TTL} s",
+        )
+
     def promise(self, held: object, text: str) -> None:
         """Say whether it was kept, and count it."""
         say(f"{'ok    ' if held else 'BROKEN'} {text}")
@@ -109,6 +130,11 @@ class Story:
             f"{when}: {len(ran)} ran, {at_once or 'no'} pairs of them at once; fencing tokens "
             + (f"grow, {tokens[0]} to {tokens[-1]}" if grow and tokens else f"do not grow: {tokens}"),
         )
+
+
+def ticks() -> list[dict[str, Any]]:
+    """What beats have sent, as it came."""
+    return written(app.RECORD, "tick")
 
 
 def heading(text: str) -> None:
