@@ -35,7 +35,7 @@ class Row:
 class ModelEntry(ScheduleEntry):
     def __init__(self, model: Row, app: Any = None) -> None:
         self.app, self.model, self.name, self.task = app, model, model.name, "plain"
-        self.args, self.kwargs, self.options = (), {}, {"retry": False}  # type: ignore[assignment]
+        self.args, self.kwargs, self.options = (), {}, {"retry": False}
         self.schedule = schedule(model.every, app=app)
         self.last_run_at, self.total_run_count = model.last_run_at, model.total_run_count
 
@@ -99,6 +99,7 @@ def test_what_could_not_be_published_is_not(new_bench: NewBench, store: dict[str
         bench.tick(beat, lambda: bench.record("entry")["state"] == "sending")
         inner: Any = beat._inner
         bench.tick(beat, lambda: inner._failed["entry"][0] >= 2)
+        assert store["entry"] == there
         inner.sync()
         assert store["entry"] == inner.models["entry"] == there
         broker.start()
