@@ -23,7 +23,7 @@ from celery.result import AsyncResult
 from celery_etcd_lock.etcd import Transport, connect
 from celery_etcd_lock.etcd.api import KeyValue, Range, prefix_end
 
-__all__ = ["Project", "Run", "Worker", "collect_garbage", "overlaps", "until"]
+__all__ = ["Project", "Run", "Worker", "close_app", "collect_garbage", "overlaps", "until"]
 
 _HERE = Path(__file__).parent
 
@@ -191,13 +191,22 @@ class Project:
     def close(self) -> None:
         for worker in self.workers:
             worker.kill()
-        # Results that were not waited for would unsubscribe when they go, from a broker that is gone by then.
-        consumer: Any = getattr(self.app.backend, "result_consumer", None)
-        if getattr(consumer, "_pubsub", None):
-            consumer._pubsub.close()
-            consumer._pubsub = None
-        self.app.close()
+        close_app(self.app)
         collect_garbage()
+
+
+def close_app(app: Celery) -> None:
+    """Close `app` and its connections to its result backend, which it leaves to the garbage collector otherwise."""
+    backend: Any = app.backend
+    # Results that were not waited for would unsubscribe when they go, from a broker that is gone by then.
+    consumer: Any = getattr(backend, "result_consumer", None)
+    if getattr(consumer, "_pubsub", None):
+        consumer._pubsub.close()
+        consumer._pubsub = None
+    client: Any = vars(backend).get("client")
+    if client is not None:
+        client.connection_pool.disconnect()
+    app.close()
 
 
 def collect_garbage() -> None:

@@ -18,7 +18,7 @@ from celery_etcd_lock import SingletonTask, signals
 from celery_etcd_lock.beat import EtcdScheduler
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Put, Range, Txn, prefix_end
-from tests.workers import until
+from tests.workers import close_app, until
 
 __all__ = ["Bench", "Sent"]
 
@@ -85,7 +85,7 @@ class Bench:
             scheduler.close()
         for each in _SIGNALS:
             each.disconnect(dispatch_uid=self.name)
-        self.app.close()
+        close_app(self.app)
 
     def scheduler(self, **options: Any) -> EtcdScheduler:
         """One more beat."""
