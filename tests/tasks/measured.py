@@ -1,0 +1,28 @@
+"""The project of the tests with metrics, served from the worker's main process as the documentation says."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from celery.signals import worker_ready
+from project import define  # type: ignore[import-not-found]  # as the workers find it
+from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from celery_etcd_lock import Conflict, metrics
+
+metrics.connect()
+
+put_back = define("put_back", on_conflict=Conflict.retry(countdown=3))
+in_slot = define("in_slot", on_conflict=Conflict.wait(timeout=60))
+gives_up = define("gives_up", on_conflict=Conflict.wait(timeout=0.5, then="fail"))
+
+
+@worker_ready.connect
+def serve(**_: Any) -> None:
+    registry = REGISTRY
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+    start_http_server(int(os.environ["METRICS_PORT"]), addr="127.0.0.1", registry=registry)
