@@ -68,10 +68,8 @@ class Families:
         celery_signals.task_postrun.connect(self._on_run_ended, weak=False)
         celery_signals.worker_process_shutdown.connect(self._on_process_end, weak=False)
         celery_signals.worker_shutdown.connect(self._on_process_end, weak=False)
-        # Until both are in every version: signals of beat's.
-        for name, leads in (("leader_elected", 1), ("leader_lost", 0)):
-            if (signal := getattr(signals, name, None)) is not None:
-                signal.connect(partial(self._on_leader, leads), weak=False)
+        signals.leader_elected.connect(partial(self._on_leader, 1), weak=False)
+        signals.leader_lost.connect(partial(self._on_leader, 0), weak=False)
 
     def _begin(self) -> None:
         self._apps: WeakSet[Any] = WeakSet()

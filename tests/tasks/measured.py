@@ -1,11 +1,11 @@
-"""The project of the tests with metrics, served from the worker's main process as the documentation says."""
+"""The project of the tests with metrics, served by the worker's main process or by beat, as users do it."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from celery.signals import worker_ready
+from celery.signals import beat_init, worker_ready
 from project import define  # type: ignore[import-not-found]  # as the workers find it
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -14,11 +14,12 @@ from celery_etcd_lock import Conflict, metrics
 
 metrics.connect()
 
-put_back = define("put_back", on_conflict=Conflict.retry(countdown=3))
+put_back = define("put_back", on_conflict=Conflict.retry(countdown=2))
 in_slot = define("in_slot", on_conflict=Conflict.wait(timeout=60))
 gives_up = define("gives_up", on_conflict=Conflict.wait(timeout=0.5, then="fail"))
 
 
+@beat_init.connect
 @worker_ready.connect
 def serve(**_: Any) -> None:
     registry = REGISTRY

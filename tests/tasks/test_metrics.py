@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,31 @@ BOUND = 60
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
+def scrape(port: int) -> Samples:
+    """Our series, without the prefix of their names."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
+        text = reply.read().decode()
+    return {
+        (sample.name.removeprefix("celery_etcd_lock_"), frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.startswith("celery_etcd_lock_") and not sample.name.endswith("_created")
+    }
+
+
+def value(port: int, name: str, /, **labels: str) -> float:
+    """-1: there is no such series."""
+    return scrape(port).get((name, frozenset(labels.items())), -1)
+
+
+def answers(port: int) -> bool:
+    try:
+        scrape(port)
+    except OSError:
+        return False
+    return True
+
+
 @dataclass
 class Measured:
     """A project whose one worker serves its metrics on `port`."""
@@ -35,20 +62,13 @@ class Measured:
     project: Project
     worker: Worker
     port: int
+    prometheus: PrometheusServer | PrometheusNotFound | None = None
 
     def scrape(self) -> Samples:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as reply:
-            text = reply.read().decode()
-        return {
-            (sample.name.removeprefix("celery_etcd_lock_"), frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name.startswith("celery_etcd_lock_") and not sample.name.endswith("_created")
-        }
+        return scrape(self.port)
 
     def value(self, name: str, /, **labels: str) -> float:
-        """-1: there is no such series."""
-        return self.scrape().get((name, frozenset(labels.items())), -1)
+        return value(self.port, name, **labels)
 
     def shows(self, expected: float, name: str, /, **labels: str) -> None:
         until(lambda: self.value(name, **labels) == expected, f"{name}{labels} {expected}", seconds=BOUND)
@@ -80,22 +100,19 @@ def measured(
                 environment.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder / "metrics"))
             worker = made.worker(*pool)
         served = Measured(made, worker, port)
-        until(lambda: answers(served), "the first scrape")
+        until(lambda: answers(port), "the first scrape")
         yield served
-
-
-def answers(served: Measured) -> bool:
-    try:
-        served.scrape()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
 def prefork(redis: RedisServer, etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
     folder = tmp_path_factory.mktemp("prefork")
-    with measured(redis, etcd, folder, "-P", "prefork", "-c", "3", multiprocess=True) as served:
+    with measured(redis, etcd, folder, "-P", "prefork", "-c", "4", multiprocess=True) as served, ExitStack() as stack:
+        try:
+            # Here already: it takes five seconds until it scrapes its first target.
+            served.prometheus = stack.enter_context(PrometheusServer([f"127.0.0.1:{served.port}"]))
+        except PrometheusNotFound as missing:
+            served.prometheus = missing
         yield served
 
 
@@ -141,7 +158,7 @@ class EveryPool:
     def test_held_and_lost(self, served: Measured) -> None:
         """A lock is shown as held while the body has it, and not when it is lost, though the body goes on."""
         made = served.project
-        kept, loses = made.send("retrying", 1, 2.0), made.send("lost_warns", 1, 600.0)
+        kept, loses = made.send("retrying", 1, 1.2), made.send("lost_warns", 1, 600.0)
         served.shows(1, "held", task="retrying")
         served.shows(1, "held", task="lost_warns")
         served.exceeds(0, "oldest_hold_seconds", task="lost_warns")
@@ -150,7 +167,7 @@ class EveryPool:
         assert kept.get(timeout=BOUND) == 1
         served.shows(0, "held", task="retrying")
         served.shows(1, "hold_seconds_count", task="retrying")
-        assert 1.9 < served.value("hold_seconds_sum", task="retrying") < BOUND
+        assert 1.1 < served.value("hold_seconds_sum", task="retrying") < BOUND
         assert served.value("hold_seconds_bucket", task="retrying", le="1.0") == 0
         assert served.value("lost_total", task="retrying") == 0
         made.revoke_the_holders_lease("lost_warns/-")
@@ -202,23 +219,16 @@ class TestPrefork(EveryPool):
     def test_a_prometheus_reads_them(self, prefork: Measured) -> None:
         """By its HTTP API, from a worker that it scrapes."""
         made = prefork.project
-        try:
-            server = PrometheusServer([f"127.0.0.1:{prefork.port}"])
-        except PrometheusNotFound as missing:
-            skip_or_fail(missing)
-        with server, prefork.held_by_us("skipping"):
-            holding = made.send("waiting", 1, 600.0, key="long")
+        server = prefork.prometheus
+        if not isinstance(server, PrometheusServer):
+            skip_or_fail(server)
+        with prefork.held_by_us("skipping"):
+            made.send("waiting", 1, 600.0, key="long")
             until(lambda: one(server, 'celery_etcd_lock_held{job="celery",task="waiting"}') == 1, "the lock held")
             before = prefork.value("conflicts_total", task="skipping", outcome="skip")
             assert made.send("skipping", 1).get(timeout=BOUND) == "skipped"
             skips = 'sum by (task, outcome) (celery_etcd_lock_conflicts_total{task="skipping"})'
             until(lambda: one(server, skips) == max(before, 0) + 1, "the skip")
-            increase = 'increase(celery_etcd_lock_hold_seconds_count{task="retrying"}[1m]) > 0'
-            (number,) = (made.send("retrying", 3).get(timeout=BOUND) for _ in "1")
-            assert number == 3
-            until(lambda: server.query(increase), "the increase")
-            made.app.control.revoke(holding.id, terminate=True)
-            until(lambda: (one(server, 'celery_etcd_lock_held{task="waiting"}') or 0) == 0, "its end")
 
 
 def one(server: PrometheusServer, expression: str) -> float | None:
@@ -229,6 +239,26 @@ def one(server: PrometheusServer, expression: str) -> float | None:
 
 class TestThreads(EveryPool):
     pass
+
+
+def test_beat_says_that_it_leads(new_project: NewProject) -> None:
+    """From its own process, which serves them itself."""
+    made, port = new_project(imports=["measured"]), free_port()
+    command = [sys.executable, "-m", "celery", "-A", "project", "beat", "-S", "celery_etcd_lock.beat:EtcdScheduler"]
+    with (made.folder / "beat.log").open("wb") as log:
+        beat = subprocess.Popen(
+            command, env={**made.environment, "METRICS_PORT": str(port)}, cwd=made.folder, stdout=log, stderr=log
+        )
+    try:
+
+        def leads() -> bool:
+            assert beat.poll() is None, (made.folder / "beat.log").read_text()
+            return answers(port) and value(port, "beat_leader", beat="default") == 1
+
+        until(leads, "its election")
+    finally:
+        beat.kill()
+        beat.wait()
 
 
 def test_prefork_needs_multiprocess_mode(new_project: NewProject) -> None:
