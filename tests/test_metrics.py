@@ -125,7 +125,12 @@ class TestConnect:
 from prometheus_client import CollectorRegistry
 from celery_etcd_lock import metrics, signals
 registry = CollectorRegistry()
+try:
+    metrics.registry()
+except metrics.ConfigError as error:
+    assert "before celery_etcd_lock.metrics.connect()" in str(error)
 metrics.connect(registry); metrics.connect(registry)
+assert metrics.registry() is registry
 record = signals.LostRecord("t", "1", "/l/t", "gone", 1.0, "abort")
 signals.lock_lost.send(None, record=record)
 assert registry.get_sample_value("celery_etcd_lock_lost_total", {"task": "t"}) == 1

@@ -1,16 +1,24 @@
 """Metrics for Prometheus: receivers of the signals, on a registry of prometheus_client's. Extra ``[prometheus]``.
 
-One line, in the module that makes the app, so that workers (and beat) run it before they start::
+In the module that makes the app, so that workers (and beat) run it before they start; and whoever serves takes
+`registry()`, in whatever way the project serves metrics::
 
+    from celery.signals import worker_ready
     from celery_etcd_lock import metrics
+    from prometheus_client import start_http_server
 
     metrics.connect()
 
-Who serves them is the project's choice: ``prometheus_client.start_http_server`` or what it has already. Under prefork
-that is the worker's main process, and prometheus_client's multiprocess mode brings them there from the children.
+    @worker_ready.connect
+    def serve(**kwargs):
+        start_http_server(9200, registry=metrics.registry())
+
+Under prefork that is the worker's main process, and prometheus_client's multiprocess mode brings them there from the
+children.
 
 `tally` counts without knowing of Prometheus, `families` is what Prometheus sees, `processes` keeps it right where there
-are several processes. Labels are names of tasks, outcomes and names of beats: never a key, an argument or an id.
+are several processes, and `ended` keeps it small. Labels are names of tasks, outcomes and names of beats: never a key,
+an argument or an id.
 """
 
 from __future__ import annotations
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
 
     from celery_etcd_lock.metrics.families import Families
 
-__all__ = ["connect"]
+__all__ = ["connect", "registry"]
 
 _connected: Families | None = None
 
@@ -61,3 +69,17 @@ def connect(registry: CollectorRegistry | None = None) -> None:
     families.connect()
     processes.connect()
     _connected = families
+
+
+def registry() -> CollectorRegistry:
+    """The registry to serve: in multiprocess mode one of all processes' metrics, else that given to `connect`.
+
+    `ConfigError` before `connect`. In multiprocess mode all that these processes count is in it, the project's own
+    metrics too, as in a ``MultiProcessCollector``. Do not serve one of those beside it, from the same folder: children
+    that end in good order hand on what they have counted, and it would at times see that twice, or not at all.
+    """
+    if _connected is None:
+        raise ConfigError("celery_etcd_lock.metrics.registry() was called before celery_etcd_lock.metrics.connect()")
+    from celery_etcd_lock.metrics import ended, processes
+
+    return ended.registry_of(processes.folder()) if processes.is_multiprocess() else _connected.registry

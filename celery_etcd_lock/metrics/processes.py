@@ -4,8 +4,9 @@ In prometheus_client's multiprocess mode each process writes its values into fil
 ``PROMETHEUS_MULTIPROC_DIR``, and whoever serves reads them all. Nobody asks the process at that moment: so what changes
 with time is written again every second, by a thread that each process with something to show has.
 
-What a dead process has written stays. For counters and histograms that is right. A gauge of what it held is taken away:
-by a child that ends in good order, and for those killed by the worker's main process, which looks every second.
+What a dead process has written stays. For counters and histograms that is right (see `ended`). A gauge of what it held
+is taken away: by a child that ends in good order, and for those killed by the worker's main process, which looks every
+second.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from celery import bootsteps, signals
 from prometheus_client import Gauge, multiprocess, values
 
 from celery_etcd_lock.exceptions import ConfigError
+from celery_etcd_lock.metrics.ended import add_up
 from celery_etcd_lock.worker import forks
 
-__all__ = ["Readings", "check_folder", "connect", "is_multiprocess", "remove_dead"]
+__all__ = ["Readings", "check_folder", "connect", "folder", "is_multiprocess", "remove_dead"]
 
 _FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -49,6 +51,11 @@ def check_folder() -> None:
                 f"{_FOLDER} is {name!r}, which is no folder that can be written to: make it, empty, before the "
                 "worker starts"
             )
+
+
+def folder() -> Path:
+    """Where the processes write."""
+    return Path(os.environ[_FOLDER])
 
 
 class Readings:
@@ -78,10 +85,11 @@ class Readings:
                 threading.Thread(target=self._keep_writing, name="etcd-lock-metrics", daemon=True).start()
 
     def end(self) -> None:
-        """Write no more, and take away what this process has written of what it holds now."""
+        """Write no more, take away what this process has written of what it holds now, and hand on its counts."""
         self._ended = True
         if self._written:
             _mark_dead(os.getpid())
+            add_up(folder(), os.getpid())
 
     def _keep_writing(self) -> None:
         while not self._ended:
@@ -102,9 +110,9 @@ def connect() -> None:
     signals.worker_ready.connect(_watch, weak=False)
 
 
-def remove_dead(folder: Path) -> None:
-    """Remove the gauges of processes that do not exist any more from `folder`."""
-    for path in folder.glob("gauge_live*_*.db"):
+def remove_dead(place: Path) -> None:
+    """Remove the gauges of processes that do not exist any more from the folder `place`."""
+    for path in place.glob("gauge_live*_*.db"):
         pid = path.stem.rpartition("_")[2]
         if pid.isdecimal() and _is_dead(int(pid)):
             _mark_dead(int(pid))
@@ -151,12 +159,10 @@ def _add_step(sender: Any = None, **_kwargs: Any) -> None:
 def _watch(**_kwargs: Any) -> None:
     """The worker's children are there; they, and those that come, are looked at until it ends."""
     if is_multiprocess():
-        threading.Thread(
-            target=_keep_watching, args=(Path(os.environ[_FOLDER]),), name="etcd-lock-metrics-dead", daemon=True
-        ).start()
+        threading.Thread(target=_keep_watching, args=(folder(),), name="etcd-lock-metrics-dead", daemon=True).start()
 
 
-def _keep_watching(folder: Path) -> None:
+def _keep_watching(place: Path) -> None:
     while True:
-        remove_dead(folder)
+        remove_dead(place)
         time.sleep(_EVERY)

@@ -7,8 +7,7 @@ from typing import Any
 
 from celery.signals import beat_init, worker_ready
 from project import define  # type: ignore[import-not-found]  # as the workers find it
-from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import start_http_server
 
 from celery_etcd_lock import Conflict, metrics
 
@@ -22,8 +21,4 @@ gives_up = define("gives_up", on_conflict=Conflict.wait(timeout=0.5, then="fail"
 @beat_init.connect
 @worker_ready.connect
 def serve(**_: Any) -> None:
-    registry = REGISTRY
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry)
-    start_http_server(int(os.environ["METRICS_PORT"]), addr="127.0.0.1", registry=registry)
+    start_http_server(int(os.environ["METRICS_PORT"]), addr="127.0.0.1", registry=metrics.registry())
