@@ -31,14 +31,14 @@ def registry_of(folder: Path) -> CollectorRegistry:
     """What all processes that write to `folder` have counted, those that have ended too."""
     (folder / _LOCK).touch()
     registry = CollectorRegistry()
-    registry.register(_Together(None, str(folder)))
+    registry.register(_Together(None, str(folder)))  # type: ignore[no-untyped-call]
     return registry
 
 
 class _Together(MultiProcessCollector):
     def collect(self) -> Iterable[Metric]:
         with _locked(Path(self._path), fcntl.LOCK_SH):
-            return list(super().collect())
+            return list(super().collect())  # type: ignore[no-untyped-call]
 
 
 def add_up(folder: Path, pid: int) -> None:
