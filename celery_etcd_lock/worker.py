@@ -24,7 +24,7 @@ from celery_etcd_lock.tasks import instance
 from celery_etcd_lock.tasks.errands import Errands
 from celery_etcd_lock.tasks.runtime import close_all
 
-__all__ = ["CheckSettings", "Locks"]
+__all__ = ["CheckSettings", "Locks", "forks"]
 
 _AT_EXIT = 2.0
 """Seconds, at most, that a worker's end waits for etcd."""
@@ -44,7 +44,7 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
                 wrapped_scheduler(parent.app, settings_for_beat(parent.app))
         except ConfigError as error:
             raise click.ClickException(str(error)) from error
-        if _forks(parent) and any(url.startswith("memory://") for url in settings.endpoints):
+        if forks(parent) and any(url.startswith("memory://") for url in settings.endpoints):
             raise click.ClickException(
                 "etcd_lock_endpoints is memory://, which the processes of a prefork pool do not share: nothing "
                 "would be locked. Give it a real etcd, or start the worker with -P solo or -P threads"
@@ -66,7 +66,7 @@ class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
         settings = Settings.from_app(parent.app)
         if not settings.enabled:
             return
-        if not _forks(parent):
+        if not forks(parent):
             atexit.register(_close)
             return
         errands = Errands.of(parent.app, forks=True)
@@ -75,7 +75,7 @@ class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
         _at_the_very_end(partial(_finish, orphans, errands, os.getpid()))
 
     def info(self, parent: Any) -> dict[str, Any]:  # type: ignore[override,unused-ignore]
-        shown = locks_of_children(parent.app) if _forks(parent) else locks_of_process(parent.app)
+        shown = locks_of_children(parent.app) if forks(parent) else locks_of_process(parent.app)
         return {self.name: shown}
 
 
@@ -117,7 +117,7 @@ def _at_the_very_end(finish: Callable[[], None]) -> None:
     atexit.register(finalizers)
 
 
-def _forks(worker: Any) -> bool:
+def forks(worker: Any) -> bool:
     """Whether tasks run in children of this process, forked or spawned."""
     return any(base.__module__ == "celery.concurrency.prefork" for base in worker.pool_cls.__mro__)
 
