@@ -21,6 +21,33 @@ from tests.workers import Project, Run, until
 Start = Callable[..., Command]
 
 
+_TERMINAL = (
+    sys.executable,
+    "-c",
+    """
+import os, pty, sys
+pid, master = pty.fork()
+if not pid:
+    os.execvp(sys.argv[1], sys.argv[1:])
+seen, struck = b"", False
+while True:
+    try:
+        piece = os.read(master, 1024)
+    except OSError:
+        break
+    if not piece:
+        break
+    seen += piece
+    os.write(1, piece)
+    if b"ready" in seen and not struck:
+        struck = True
+        os.write(master, b"\\x03")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+""",
+)
+"""Runs a command in a terminal of its own, and types Ctrl-C when it is ready."""
+
+
 @pytest.fixture
 def key() -> str:
     """The key of a lock that is this test's alone."""
@@ -113,14 +140,18 @@ def test_the_command_is_ended_when_the_lock_is_lost(working: Project, run: Start
     defies = run(
         "hold", "waiting", arguments(key + "2"), "--kill-after", "0.3", "--", "sh", "-c", f"trap 'echo no' TERM; {loop}"
     )
-    children = [Path("/proc") / begun(each).split()[0] for each in (obeys, defies)]
+    in_a_terminal = run(
+        "hold", "waiting", arguments(key + "3"), "--", "sh", "-c", f"trap '' HUP; {loop}", before=_TERMINAL
+    )
+    three = (obeys, defies, in_a_terminal)
+    children = [Path("/proc") / begun(each).splitlines()[-1] for each in three]
     assert all(child.exists() for child in children)
     with closing(working.connect()) as transport:
         contenders = [kv.key for kv in working.keys(f"locks/waiting/key={key}")]
         for contender in contenders:
             transport.delete(Delete(contender))
-    assert len(contenders) == 2
-    assert (obeys.wait(), defies.wait()) == (125, 125)
+    assert len(contenders) == 3
+    assert [each.wait() for each in three] == [125] * 3
     assert f"key {contenders[0]} was deleted. Ending sh\n" in obeys.err
     assert "sh ended with status 3, " in obeys.err
     assert "sh ended with status 137, " in defies.err
@@ -173,33 +204,10 @@ sys.exit(5)
 def test_ctrl_c_in_a_terminal_reaches_it_once(working: Project, run: Start, key: str) -> None:
     """The terminal tells the command itself, and nobody tells it again."""
     script = _HEARS.format(number=int(signal.SIGINT))
-    terminal = (sys.executable, "-c", _IN_A_TERMINAL)
-    hold = run("hold", "waiting", arguments(key), "--", sys.executable, "-c", script, before=terminal)
+    hold = run("hold", "waiting", arguments(key), "--", sys.executable, "-c", script, before=_TERMINAL)
     assert hold.wait() == 5, hold.out + hold.err
     assert hold.out.count("heard") == 1
     assert "holding waiting" in hold.out
-
-
-_IN_A_TERMINAL = """
-import os, pty, sys
-pid, master = pty.fork()
-if not pid:
-    os.execvp(sys.argv[1], sys.argv[1:])
-seen, struck = b"", False
-while True:
-    try:
-        piece = os.read(master, 1024)
-    except OSError:
-        break
-    if not piece:
-        break
-    seen += piece
-    os.write(1, piece)
-    if b"ready" in seen and not struck:
-        struck = True
-        os.write(master, b"\\x03")
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
 
 
 def test_how_it_ends(working: Project, run: Start, key: str, tmp_path: Path) -> None:
