@@ -275,9 +275,6 @@ def _described(command: tuple[str, ...], reason: str | None) -> dict[str, str | 
 
 
 def _warn_if_nobody_locks(app: Any, progress: Progress) -> None:
-    try:
-        enabled = Settings.from_app(app).enabled
-    except EtcdLockError as error:
-        raise click.ClickException(str(error)) from error
+    enabled = Settings.from_app(app).enabled
     if enabled is not True:
         progress.say(f"etcd_lock_enabled is {enabled!r} in this project: its tasks run whether this is held or not")

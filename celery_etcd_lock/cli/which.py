@@ -13,6 +13,7 @@ import click
 
 from celery_etcd_lock.exceptions import EtcdLockError
 from celery_etcd_lock.locks.queue import checked_name
+from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.conflict import nearest
 from celery_etcd_lock.tasks.keys import KeyRule
 from celery_etcd_lock.tasks.task import SingletonTask
@@ -45,6 +46,8 @@ def lock_meant(app: Celery, task: str, given: Sequence[str] = ()) -> Meant:
     `given`: a list of positional arguments, an object of keyword arguments, or one of each. `click.ClickException` that
     says what is wrong, if there is no such task, it takes no lock, or its lock cannot be told from these arguments.
     """
+    if _settings(app).endpoints[0].startswith("memory://"):
+        raise click.ClickException("etcd_lock_endpoints is memory://, whose locks no other process sees: name an etcd")
     if task.startswith("/") and given:
         raise click.ClickException(f"{task} is a lock's name, which takes no arguments: leave out {given[0]}")
     try:
@@ -58,6 +61,13 @@ def lock_meant(app: Celery, task: str, given: Sequence[str] = ()) -> Meant:
     except (EtcdLockError, TypeError, ValueError) as error:  # ValueError: of pydantic
         raise click.ClickException(str(error)) from error
     return Meant(name, titled(name), singleton)
+
+
+def _settings(app: Celery) -> Settings:
+    try:
+        return Settings.from_app(app)
+    except EtcdLockError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def titled(name: str) -> str:
@@ -145,8 +155,9 @@ def _completed(rule: KeyRule, args: list[Any], kwargs: dict[str, Any]) -> tuple[
 
 
 def _misfit(rule: KeyRule, why: str) -> click.ClickException:
-    example = next(iter(rule.signature.parameters), "name")
+    parameters = [each.replace(annotation=each.empty) for each in rule.signature.parameters.values()]
+    example = parameters[0].name if parameters else "name"
     return click.ClickException(
-        f"{rule.task}{rule.signature}: {why}. Write its arguments as JSON: a list, or an object such as "
+        f"{rule.task}{inspect.Signature(parameters)}: {why}. Write its arguments as JSON: a list, or an object such as "
         f"'{{\"{example}\": …}}'"
     )

@@ -14,10 +14,9 @@ import pytest
 
 from celery_etcd_lock.testing import EtcdServer
 from tests.servers import RedisServer
-from tests.tasks.conftest import new_project, redis
 from tests.workers import Project, project
 
-__all__ = ["Command", "new_project", "redis", "working"]
+__all__ = ["Command"]
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def test_the_command_is_ended_when_the_lock_is_lost(working: Project, run: Start
         "hold", "waiting", arguments(key + "3"), "--", "sh", "-c", f"trap '' HUP; {loop}", before=_TERMINAL
     )
     three = (obeys, defies, in_a_terminal)
-    children = [Path("/proc") / begun(each).splitlines()[-1] for each in three]
+    children = [Path("/proc") / until(partial(pid_in, each), "a start") for each in three]
     assert all(child.exists() for child in children)
     with closing(working.connect()) as transport:
         contenders = [kv.key for kv in working.keys(f"locks/waiting/key={key}")]
@@ -158,6 +159,10 @@ def test_the_command_is_ended_when_the_lock_is_lost(working: Project, run: Start
     assert (obeys.out.split()[1:], defies.out.split()[1:]) == (["bye"], ["no"])
     assert not any(map(is_alive, children)), "what they had started"
     assert line(working, key) == []
+
+
+def pid_in(hold: Command) -> str:
+    return next((line for line in hold.out.splitlines() if line.isdigit()), "")
 
 
 def is_alive(process: Path) -> bool:

@@ -9,6 +9,7 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from celery import Celery
@@ -22,7 +23,8 @@ from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import EXCLUSIVE
 from celery_etcd_lock.testing import EtcdServer
 from tests.cli.conftest import Command
-from tests.workers import Project, Run, until
+from tests.servers import RedisServer
+from tests.workers import Project, Run, project, until
 
 Release = Callable[..., Result]
 
@@ -158,27 +160,27 @@ def test_the_time_that_a_lock_stays_taken(working: Project, release: Release, ke
 
 
 def test_a_frozen_worker_is_released_by_force_only(
-    new_project: Callable[..., Project], etcd: EtcdServer, release: Release, key: str
+    redis: RedisServer, etcd: EtcdServer, tmp_path: Path, release: Release, key: str
 ) -> None:
     """SIGSTOP: it does not answer, and its lease has long to live. By force the next one gets the lock at once."""
-    project = new_project(etcd_lock_ttl=30)
-    project.worker("-P", "solo")
-    project.send("waiting", 1, 600.0, key)
-    frozen = run_of(project, key, 1)
-    name = frozen.key.rpartition("/write/")[0]
-    os.kill(frozen.pid, signal.SIGSTOP)
-    result = release(project, name, "--wait", "0.3")
-    assert result.exit_code == 1
-    assert "has not answered: it is stopped or cut off" in result.output
-    assert project.keys("asked/") == [], "the question was taken back"
-    result = release(project, name, "--force", "--wait", "0.3")
-    assert result.exit_code == 0
-    assert "two run at once" in result.output.replace("\n", " ")
-    assert "within its TTL (30 s)" in result.output
-    assert f"waiting key={key} is free" in result.output
-    with Session.open(etcd.url) as session:
-        Mutex(session, name).acquire(blocking=False).release()
-    assert release(project, name).output == f"nobody holds waiting key={key}\n"
+    with project(redis.url, etcd.url, tmp_path, etcd_lock_ttl=30) as own:
+        own.worker("-P", "solo")
+        own.send("waiting", 1, 600.0, key)
+        frozen = run_of(own, key, 1)
+        name = frozen.key.rpartition("/write/")[0]
+        os.kill(frozen.pid, signal.SIGSTOP)
+        result = release(own, name, "--wait", "0.3")
+        assert result.exit_code == 1
+        assert "has not answered: it is stopped or cut off" in result.output
+        assert own.keys("asked/") == [], "the question was taken back"
+        result = release(own, name, "--force", "--wait", "0.3")
+        assert result.exit_code == 0
+        assert "two run at once" in result.output
+        assert "within its TTL (30 s)" in result.output
+        assert f"waiting key={key} is free" in result.output
+        with Session.open(etcd.url) as session:
+            Mutex(session, name).acquire(blocking=False).release()
+        assert release(own, name).output == f"nobody holds waiting key={key}\n"
 
 
 def test_a_dead_endpoint_is_told(release: Release, working: Project) -> None:
