@@ -26,6 +26,8 @@ _LOOK_EVERY = 0.05
 _DIES_WITHIN = 1.0
 """Seconds, of SIGKILL."""
 
+_HAS_PROC = Path("/proc/self/stat").exists()
+
 
 class Child:
     """The command, running. `OSError` if it cannot be started.
@@ -107,11 +109,11 @@ class _Group:
             os.killpg(self._group, number)
 
     def lives(self) -> bool:
+        if _HAS_PROC:  # where zombies, which a container may keep, can be told from the living
+            return any(fields[2] == str(self._group) for fields in _all().values())
         try:
             os.killpg(self._group, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # macOS says so of a group of which nothing but zombies is left
+        except OSError:  # PermissionError: macOS says so of a group of which nothing but zombies is left
             return False
         return True
 
@@ -138,16 +140,18 @@ class _Family:
         return [pid for pid, started in self._seen.items() if _started(pid) == started and _is_there(pid)]
 
     def _look(self) -> None:
-        parents: dict[int, int] = {}
-        for each in Path("/proc").glob("[0-9]*/stat"):
-            pid = int(each.parent.name)
-            if fields := _stat(pid):
-                parents[pid] = int(fields[1])
+        parents = {pid: int(fields[1]) for pid, fields in _all().items()}
         grown = True
         while grown:
             children = [pid for pid, parent in parents.items() if parent in self._seen and pid not in self._seen]
             self._seen.update({pid: _started(pid) for pid in children})
             grown = bool(children)
+
+
+def _all() -> dict[int, list[str]]:
+    """What the kernel says of each process that lives."""
+    pids = [int(each.name) for each in Path("/proc").iterdir() if each.name.isdecimal()] if _HAS_PROC else []
+    return {pid: fields for pid in pids if (fields := _stat(pid))}
 
 
 def _stat(pid: int) -> list[str]:
@@ -165,7 +169,7 @@ def _started(pid: int) -> str:
 
 
 def _is_there(pid: int) -> bool:
-    if Path("/proc/self/stat").exists():
+    if _HAS_PROC:
         return bool(_stat(pid))
     try:
         os.kill(pid, 0)

@@ -219,9 +219,9 @@ def _ask(holders: Sequence[_Holder], wait: float | None, progress: Progress) -> 
 def _progress_of(waiting: Sequence[_Holder]) -> str:
     who = waiting[0].who + (f" and {len(waiting) - 1} more" if waiting[1:] else "")
     if waiting[0].answer == "told":
-        return f"{who} was told, and is about to end"
+        return f"told, and about to end: {who}"
     owner = waiting[0].owner
-    return f"asked {who}, which looks once in {owner.ttl if owner else '?'} s"
+    return f"asked, and looks within {owner.ttl if owner else '?'} s: {who}"
 
 
 def _force(ctx: click.Context, transport: Transport, holders: Sequence[_Holder], *, yes: bool) -> None:

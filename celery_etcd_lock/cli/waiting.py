@@ -33,7 +33,7 @@ def standing_of(name: str, queue: Sequence[KeyValue], lease: int) -> str:
     place = len({kv.create_revision for kv in ahead})
     beside = kind_of(name, ahead[0].key) != "write" and place > 1
     held = f"held by {first.holder}{since}" + (", and perhaps others beside it" if beside else "")
-    return f"{held}; " + ("next in line" if place == 1 else f"number {place} in line")
+    return ("next in line" if place == 1 else f"number {place} in line") + f": {held}"
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def shown_while_waiting(progress: Progress, transport: Transport, title: str, na
             except EtcdLockError as error:
                 standing = f"etcd does not say how it stands: {error}"
             if standing and not over.is_set():
-                progress.show(f"waiting for {title}: {standing}")
+                progress.show(f"waiting for {title}, {standing}")
                 shown.append(standing)
 
     shown: list[str] = []

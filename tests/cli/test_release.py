@@ -79,7 +79,7 @@ def test_a_run_is_ended_and_the_next_gets_the_lock(working: Project, run: Callab
     outcome, next_one = released.out.splitlines()
     assert outcome.endswith(f"for waiting[{held.id}]: has given it back")
     assert next_one.startswith(f"waiting key={key} is ")
-    assert released.err.count("which looks once in 3 s") == 1, "one line in a pipe, however long it takes"
+    assert released.err.count("asked, and looks within 3 s: ") == 1, "one line in a pipe, however long it takes"
     assert working.keys("asked/") == []
 
 
