@@ -19,7 +19,7 @@ from celery_etcd_lock.cli.progress import Progress
 from celery_etcd_lock.cli.waiting import in_line
 from celery_etcd_lock.cli.which import Meant, lock_meant
 from celery_etcd_lock.etcd.api import Delete, KeyValue, Transport, Txn, created_at
-from celery_etcd_lock.exceptions import EtcdLockError
+from celery_etcd_lock.exceptions import EtcdLockError, EtcdRejected, NoSpace, PermissionDenied
 from celery_etcd_lock.locks.asked import Answer, Asking, Owner, owner_of
 from celery_etcd_lock.locks.queue import describe, is_contender, kind_of
 from celery_etcd_lock.settings import Settings
@@ -105,6 +105,9 @@ def release(
                 ctx.obj.echo(f"{meant.title} is still held. --force deletes its key. {_what_force_does(left)}")
             if not left:
                 ctx.obj.echo(_who_is_next(meant, in_line(transport, meant.name)))
+    except PermissionDenied as error:
+        prefix = f"/{Settings.from_app(app).namespace}/"
+        raise click.ClickException(f"{error}: it takes reading and writing all below {prefix}") from error
     except EtcdLockError as error:
         raise click.ClickException(str(error)) from error
     ctx.exit(1 if left else 0)
@@ -123,6 +126,8 @@ class _Holder:
     answer: Answer = "none"
     gone: bool = False
     died: bool = False
+    refused: str = ""
+    """Why etcd does not let us ask."""
     until: float = 0.0
 
     def __post_init__(self) -> None:
@@ -137,9 +142,14 @@ class _Holder:
         if self.contender is None or self.owner is None:
             return
         at = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
-        self.asking = Asking(self.transport, self.owner, self.contender, by=_us(), at=at)
-        self.until = time.monotonic() + (self.owner.ttl + _BESIDES if wait is None else wait)
-        self.gone = not self.asking.ask()
+        asking = Asking(self.transport, self.owner, self.contender, by=_us(), at=at)
+        try:
+            self.gone = not asking.ask()
+        except (EtcdRejected, NoSpace) as error:  # it reads, and may delete, but takes no new key
+            self.refused = str(error)
+        else:
+            self.asking = asking
+            self.until = time.monotonic() + (self.owner.ttl + _BESIDES if wait is None else wait)
 
     def look(self) -> None:
         """See what has come of it."""
@@ -163,6 +173,8 @@ class _Holder:
             if not self.contender.lease:
                 return "is a key without a lease, which stays until somebody deletes it"
             return "cannot be asked: it is no holder of this package's. End it where it runs"
+        if self.refused:
+            return f"cannot be asked: {self.refused}"
         if self.gone:
             how = "has ended, and its lease with it" if self.died else "has given it back"
             rests = ", but its lock_at_least_for keeps the lock taken for a while" if len(self.keys) > 1 else ""

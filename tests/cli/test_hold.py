@@ -144,14 +144,16 @@ def test_the_command_is_ended_when_the_lock_is_lost(working: Project, run: Start
         "hold", "waiting", arguments(key + "3"), "--", "sh", "-c", f"trap '' HUP; {loop}", before=_TERMINAL
     )
     three = (obeys, defies, in_a_terminal)
+    idle = run("hold", "waiting", arguments(key + "4"))
     children = [Path("/proc") / until(partial(pid_in, each), "a start") for each in three]
     assert all(child.exists() for child in children)
+    until(lambda: "holding" in idle.err, "the hold of none")
     with closing(working.connect()) as transport:
         contenders = [kv.key for kv in working.keys(f"locks/waiting/key={key}")]
         for contender in contenders:
             transport.delete(Delete(contender))
-    assert len(contenders) == 3
-    assert [each.wait() for each in three] == [125] * 3
+    assert len(contenders) == 4
+    assert [each.wait() for each in (*three, idle)] == [125] * 4
     assert f"key {contenders[0]} was deleted. Ending sh\n" in obeys.err
     assert "sh ended with status 3, " in obeys.err
     assert "sh ended with status 137, " in defies.err

@@ -23,6 +23,7 @@ from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import EXCLUSIVE
 from celery_etcd_lock.testing import EtcdServer
 from tests.cli.conftest import Command
+from tests.quota import fill, small_etcd
 from tests.servers import RedisServer
 from tests.workers import Project, Run, project, until
 
@@ -189,3 +190,15 @@ def test_a_dead_endpoint_is_told(release: Release, working: Project) -> None:
     result = release(dead, "/celery/locks/waiting/-")
     assert result.exit_code == 1
     assert result.output.startswith("Error: no etcd there")
+
+
+def test_an_etcd_that_is_full_takes_no_question(release: Release, tmp_path: Path, key: str) -> None:
+    """It says so, and by force the lock comes free all the same."""
+    with small_etcd() as full, project("memory://", full.url, tmp_path, backend_url="cache+memory://") as own:
+        name = f"/{own.queue}/locks/waiting/key={key}"
+        with Session.open(full.url, namespace=own.queue) as session:
+            Mutex(session, name).acquire()
+            fill(full)
+            assert "cannot be asked: " in release(own, name).output
+            assert release(own, name, "--force").exit_code == 0
+            assert own.keys("locks/") == []
