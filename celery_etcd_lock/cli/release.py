@@ -176,7 +176,7 @@ class _Holder:
         if self.refused:
             return f"cannot be asked: {self.refused}"
         if self.gone:
-            how = "has ended, and its lease with it" if self.died else "has given it back"
+            how = "no longer has it: its lease has ended" if self.died else "has given it back"
             rests = ", but its lock_at_least_for keeps the lock taken for a while" if len(self.keys) > 1 else ""
             return how + rests
         if self.answer == "told":
