@@ -236,8 +236,8 @@ class _Holding:
 
         def end(reason: str) -> None:
             self.lost = reason
-            self.progress.say(f"{self.meant.title} is lost: {reason}. Ending {self.command[0]}", anyway=True)
             child.end()
+            self.progress.say(f"{self.meant.title} is lost: {reason}. Ending {self.command[0]}", anyway=True)
 
         held.on_lost(end)
         return child.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -46,5 +47,6 @@ class Progress:
         self._shown = ""
 
     def _write(self, text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone, a pipe that nobody reads any more
+            sys.stderr.write(text)
+            sys.stderr.flush()

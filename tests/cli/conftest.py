@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from celery_etcd_lock.testing import EtcdServer
@@ -50,6 +50,14 @@ class Command:
     def wait(self) -> int:
         return self.process.wait(60)
 
+    def kill(self) -> None:
+        """It, and all that it has started, if it runs yet."""
+        with suppress(psutil.NoSuchProcess):
+            itself = psutil.Process(self.process.pid)
+            for process in [*itself.children(recursive=True), itself]:
+                process.kill()
+        self.wait()
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.wait()
@@ -68,7 +76,4 @@ def run(working: Project, tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
     yield run_
     for command in started:
-        if command.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(command.process.pid, signal.SIGKILL)
-            command.wait()
+        command.kill()

@@ -49,6 +49,10 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """Runs a command in a terminal of its own, and types Ctrl-C when it is ready."""
 
 
+_NOWHERE = ("sh", "-c", 'exec "$@" 2>/dev/full', "sh")
+"""Runs a command whose stderr takes nothing, as that of a terminal that is gone."""
+
+
 @pytest.fixture
 def key() -> str:
     """The key of a lock that is this test's alone."""
@@ -143,17 +147,18 @@ def test_the_command_is_ended_when_the_lock_is_lost(working: Project, run: Start
     in_a_terminal = run(
         "hold", "waiting", arguments(key + "3"), "--", "sh", "-c", f"trap '' HUP; {loop}", before=_TERMINAL
     )
-    three = (obeys, defies, in_a_terminal)
+    unheard = run("hold", "waiting", arguments(key + "5"), "--", "sh", "-c", loop, before=_NOWHERE)
+    four = (obeys, defies, in_a_terminal, unheard)
     idle = run("hold", "waiting", arguments(key + "4"))
-    children = [Path("/proc") / until(partial(pid_in, each), "a start") for each in three]
+    children = [Path("/proc") / until(partial(pid_in, each), "a start") for each in four]
     assert all(child.exists() for child in children)
     until(lambda: "holding" in idle.err, "the hold of none")
     with closing(working.connect()) as transport:
         contenders = [kv.key for kv in working.keys(f"locks/waiting/key={key}")]
         for contender in contenders:
             transport.delete(Delete(contender))
-    assert len(contenders) == 4
-    assert [each.wait() for each in (*three, idle)] == [125] * 4
+    assert len(contenders) == 5
+    assert [each.wait() for each in (*four, idle)] == [125] * 5
     assert f"key {contenders[0]} was deleted. Ending sh\n" in obeys.err
     assert "sh ended with status 3, " in obeys.err
     assert "sh ended with status 137, " in defies.err
