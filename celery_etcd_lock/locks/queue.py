@@ -188,6 +188,7 @@ class Description:
     since: str = ""
     task_id: str = ""
     nonce: str = ""
+    task: str = ""
 
 
 def value_of(*, host: str, pid: int, since: str, nonce: str, extra: Mapping[str, str | int] | None = None) -> bytes:
@@ -205,10 +206,13 @@ def describe(kv: KeyValue) -> Description:
     if not isinstance(record, dict) or "host" not in record:
         lease = f"lease {kv.lease:x}" if kv.lease else "without a lease: it stays until somebody deletes it"
         return Description(f"another etcd client ({lease})")
-    task = f" for {record['task']}[{record.get('task_id', '')}]" if record.get("task") else ""
+    user = f"{record['user']}@" if record.get("user") else ""
+    task = f"{record['task']}[{record.get('task_id', '')}]" if record.get("task") else record.get("for")
+    purpose = f" for {task}" if task else ""
     return Description(
-        f"{record['host']} (pid {record.get('pid', '?')}){task}",
+        f"{user}{record['host']} (pid {record.get('pid', '?')}){purpose}",
         since=str(record.get("since", "")),
         task_id=str(record.get("task_id", "")),
         nonce=str(record.get("nonce", "")),
+        task=str(record.get("task", "")),
     )

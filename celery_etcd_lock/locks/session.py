@@ -16,8 +16,9 @@ session: one talks to etcd (renews at a third of the TTL, and tidies up), the ot
 those of single locks, see `expiry`), so that a request that hangs cannot keep it from saying that they are lost.
 
 What the tidying is for: a renewal that succeeds does not prove that the keys are still there, so once per TTL
-the lease is asked for them while anything is held; and a request that got no answer may be carried out late and
-leave a contender that nobody owns, so those are removed, by create revision.
+the lease is asked for them while anything is held (there, too, stands who wants a lock back: see `asked`); and a
+request that got no answer may be carried out late and leave a contender that nobody owns, so those are removed, by
+create revision.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from celery_etcd_lock.exceptions import (
     LockLost,
     PermissionDenied,
 )
+from celery_etcd_lock.locks.asked import heed
 from celery_etcd_lock.locks.contender import Contenders
 from celery_etcd_lock.locks.expiry import Expiries, Expiry
 from celery_etcd_lock.locks.permission import denied
@@ -400,6 +402,7 @@ class Session:
             self.contenders.check_missing(held, listed)
             self.contenders.remove_strays(listed)
             self.contenders.check_siblings(self._clock())
+            heed(self, self._namespace, listed)
         except EtcdLockError as error:
             if not self._lost.is_set():
                 logger.warning("etcd_lock.check_failed: %s", error)

@@ -153,6 +153,13 @@ class KeyRule:
         bound.apply_defaults()
         return self._written(bound.arguments, hide=hide_arguments)
 
+    @property
+    def counting(self) -> frozenset[str] | None:
+        """The names of the arguments that a key is made of. None: of all of them."""
+        if isinstance(self.lock_key, str):
+            return frozenset(_field_names(self.lock_key))
+        return self.unique_on if self.lock_key is None else None
+
     # -- from the arguments
 
     def _telling(self, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

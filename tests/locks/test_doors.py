@@ -30,6 +30,7 @@ from celery_etcd_lock.exceptions import (
     PermissionDenied,
 )
 from celery_etcd_lock.locks import Election, HeldLock, Mutex, RWLock, Semaphore, Session
+from celery_etcd_lock.locks.asked import Asking, owner_of
 from celery_etcd_lock.testing import EtcdServer, ServerTLS
 from tests.etcd.test_gateway import Certificates
 from tests.servers import skip_or_fail
@@ -227,6 +228,14 @@ def use_every_lock(one: Session, other: Session, name: str) -> None:
     in_line(one, name + "-slots", 3)
     assert first.release() == "released"
     assert [third.held().release(), second.release()] == ["released"] * 2
+
+    asked = Mutex(one, name + "-asked").acquire()
+    (kv,), owner = other.transport.range(Range(asked.key)).kvs, owner_of(other.transport, one.lease)
+    assert owner is not None
+    wish = Asking(other.transport, owner, kv, by="ann@desk", at="2026-01-02T03:04:05Z")
+    assert wish.ask()
+    one._check_keys()
+    assert (asked.is_held(), wish.look(), asked.release()) == (False, "told", "lost")
 
     election = Election(one, name + "-lead")
     leadership = election.campaign("one")

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from celery import Celery, Task
@@ -103,6 +104,15 @@ def decorated(self: Any, number: int, key: str = "k", seconds: float = 0.05) -> 
     assert current_lock.fencing_token == self.lock.fencing_token
     with noted(self, number):
         time.sleep(seconds)
+    return number
+
+
+@app.task(base=SingletonTask, bind=True, name="gated", unique_on="key", on_conflict=Conflict.wait(timeout=60))
+def gated(self: Any, number: int, gate: str, key: str = "k") -> int:
+    """Runs until there is a file `gate`."""
+    with noted(self, number):
+        while not Path(gate).exists():
+            time.sleep(0.02)
     return number
 
 
