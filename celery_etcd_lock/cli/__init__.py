@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from click_didyoumean import DYMGroup
 
+from celery_etcd_lock.cli.doctor import doctor
 from celery_etcd_lock.cli.history import history
 
 __all__ = ["etcd_lock"]
@@ -15,5 +16,5 @@ def etcd_lock() -> None:
     """Locks on etcd."""
 
 
-for command in (history,):
+for command in (doctor, history):
     etcd_lock.add_command(command)
