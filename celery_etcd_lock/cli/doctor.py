@@ -12,7 +12,7 @@ import click
 from celery.bin.base import CeleryCommand, CeleryOption, handle_preload_options
 
 from celery_etcd_lock.cli.findings import NOT_EXAMINED, Finding, lines, status_of
-from celery_etcd_lock.cli.growth import about_clocks, about_history, about_quota, sample
+from celery_etcd_lock.cli.growth import about_clocks, about_history, about_quota, about_watches, sample
 from celery_etcd_lock.cli.members import Member, about_members, about_versions, look_at_all
 from celery_etcd_lock.cli.probes import about_permissions, reading_key
 from celery_etcd_lock.cli.understood import about_settings, understood
@@ -124,6 +124,7 @@ def _of_the_cluster(
         except EtcdLockError as error:
             yield Finding("unknown", "history and clocks", str(error))
             return
+    yield from about_watches(seen)
     yield from about_history(seen, statuses, quota)
     yield from about_clocks(seen)
 

@@ -16,7 +16,7 @@ from celery_etcd_lock.etcd.api import Range, Status, Transport, Watch, prefix_en
 from celery_etcd_lock.exceptions import Compacted, EtcdLockError, PermissionDenied
 from celery_etcd_lock.settings import Settings
 
-__all__ = ["Sample", "about_clocks", "about_history", "about_quota", "sample"]
+__all__ = ["Sample", "about_clocks", "about_history", "about_quota", "about_watches", "sample"]
 
 DEFAULT_QUOTA = 2 * 1024**3
 """etcd's own, where --quota-backend-bytes is not given."""
@@ -53,6 +53,8 @@ class Sample:
     """By how many seconds the clock of a host was ahead of ours, as seen by what it put meanwhile."""
     ahead: dict[str, float] = field(default_factory=dict)
     """The same by what was there already: at least."""
+    unwatched: str = ""
+    """Why nothing could be watched; empty: it could."""
 
 
 def sample(transport: Transport, settings: Settings, key: str, seconds: float, timeout: float) -> Sample:
@@ -61,7 +63,7 @@ def sample(transport: Transport, settings: Settings, key: str, seconds: float, t
     oldest = oldest_revision(transport, key, head, timeout=timeout)
     began = time.monotonic()
     counted_from = transport.range(Range(key, limit=1), timeout=timeout).header.revision
-    offsets = _put_meanwhile(transport, settings, seconds)
+    offsets, unwatched = _put_meanwhile(transport, settings, seconds)
     took = time.monotonic() - began
     newest = transport.range(Range(key, limit=1), timeout=timeout).header.revision
     still = oldest_revision(transport, key, newest, start=oldest, timeout=timeout)
@@ -74,30 +76,34 @@ def sample(transport: Transport, settings: Settings, key: str, seconds: float, t
         _newest_date(transport, settings, still, timeout) if still > 1 else None,
         offsets,
         _of_the_future(transport, settings, newest, timeout),
+        unwatched,
     )
 
 
-def _put_meanwhile(transport: Transport, settings: Settings, seconds: float) -> dict[str, float]:
-    """For so long watch what is put, and compare the times in it with ours."""
+def _put_meanwhile(transport: Transport, settings: Settings, seconds: float) -> tuple[dict[str, float], str]:
+    """For so long watch who comes for a lock, and compare their times with ours. And why that did not go, if so."""
     offsets: dict[str, float] = {}
-    prefix = f"/{settings.namespace}/"
+    unwatched = f"etcd confirmed no watch within {seconds:g} s"
+    prefix = f"/{settings.namespace}/locks/"
     stream = transport.watch(Watch(prefix, prefix_end(prefix)))
     until = time.monotonic() + seconds
     timer = threading.Timer(seconds, stream.close)
     timer.daemon = True
     timer.start()
-    with suppress(EtcdLockError):  # what needs no watch is told all the same
+    try:
         for reply in stream:
-            now = time.time()
+            now, unwatched = time.time(), ""
             for event in reply.events:
                 said = dated(event.kv) if event.kind == "put" and event.kv.version == 1 else None
                 if said and said.host:
                     offset = said.time - now
                     offsets[said.host] = min(offset, offsets.get(said.host, offset), key=abs)
+    except EtcdLockError as error:  # what needs no watch is told all the same
+        unwatched = str(error)
     timer.cancel()
     stream.close()
     time.sleep(max(0.0, until - time.monotonic()))
-    return offsets
+    return offsets, unwatched
 
 
 def _dates(transport: Transport, settings: Settings, revision: int, timeout: float) -> Iterator[Dated]:
@@ -121,6 +127,17 @@ def _of_the_future(transport: Transport, settings: Settings, revision: int, time
         if said.host and said.revision <= revision and said.time > time.time():
             ahead[said.host] = max(said.time - time.time(), ahead.get(said.host, 0.0))
     return ahead
+
+
+def about_watches(seen: Sample) -> Iterator[Finding]:
+    """Who waits for a lock is woken by a watch; without one a waiter looks again once per TTL only."""
+    if seen.unwatched:
+        do = (
+            "if a proxy stands before etcd, have it pass on streams unbuffered; locks work, but who waits is woken late"
+        )
+        yield Finding("warning", "watches", seen.unwatched, do)
+    else:
+        yield Finding("ok", "watches", "etcd confirms them")
 
 
 def about_clocks(seen: Sample) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ from celery_etcd_lock.tasks.keys import lock_name
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["history", "read"]
+__all__ = ["Told", "history", "read"]
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -68,7 +68,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
     "--look-back",
     cls=CeleryOption,
     type=click.IntRange(min=1),
-    default=20_000,
+    default=50_000,
     show_default=True,
     metavar="REVISIONS",
     help_group="History Options",
@@ -92,12 +92,16 @@ def history(
     """Who held which lock when and how long, and who waited for it.
 
     Of all tasks, of one TASK, or of one LOCK by its name in etcd (with a leading /). It is read from the revisions
-    that etcd still keeps, and nothing is written. etcd keeps them until it is compacted, and has no times: when
-    somebody came is known, for he says so; when he went lies between two who came, and is shown as about.
+    that etcd still keeps, and nothing is written. etcd keeps them until it is compacted, and has no times. Who comes
+    says when; when somebody went lies between the times of who came before and after, and is shown as about.
     """
     if as_json and as_html:
         raise click.UsageError("--json and --html are two forms: write one", ctx)
     app = ctx.obj.app
+    try:
+        app.loader.import_default_modules()
+    except Exception as error:  # noqa: BLE001 somebody's modules, whatever they raise
+        click.echo(f"the project's tasks cannot be imported ({error}): limits of slots are not known", err=True)
     try:
         settings = Settings.from_app(app)
         scope = scope_of(app, settings, lock)
@@ -128,7 +132,7 @@ def read(
     timeout: float,
 ) -> Story:
     """The history of `scope` in the last `since` seconds. What reads and watches raise; see `past.replay`."""
-    told = _Told(scope, limit_of, look_back)
+    told = Told(scope, limit_of, look_back)
     # All of the namespace, and not the locks alone: sessions and beats tell the time, too.
     inside = scope.prefix.startswith(f"/{scope.namespace}/")
     sessions, beats = f"/{scope.namespace}/sessions/", f"/{scope.namespace}/beat/"
@@ -146,7 +150,7 @@ def read(
     return tell(scope, told.timeline.finish(), calendar, reach, since=now - since, now=now, limit=limit)
 
 
-class _Told:
+class Told:
     """What the past tells: see `past.Listener`."""
 
     def __init__(self, scope: Scope, limit_of: Callable[[str], int | None], keep: int) -> None:
@@ -182,7 +186,11 @@ def scope_of(app: Celery, settings: Settings, lock: str) -> Scope:
     if lock not in app.tasks:
         known = [name for name in app.tasks if not name.startswith("celery.")]
         right = nearest(lock, known)
-        hint = f"did you mean {right}?" if right else "write a task's full name, or a lock's with its leading /"
+        hint = (
+            f"did you mean {right}?"
+            if right
+            else "write its full name, or a lock's with its leading /; without a name all are shown"
+        )
         raise ConfigError(f"there is no task {lock!r} in this app: {hint}")
     return Scope(settings.namespace, owner=lock_name(settings.namespace, lock, "-").split("/")[3])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +15,8 @@ __all__ = ["Drawn", "clock", "duration", "lines", "moment", "notes", "spoken", "
 
 _NARROWEST = 60
 _LEAST_BAR = 12
+_NEAR = 120.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,12 @@ def window(story: Story) -> tuple[float, float]:
 def lines(story: Story, *, width: int, drawn: Drawn) -> Iterator[str]:
     """Line after line, none of them longer than `width`."""
     width = max(_NARROWEST, width)
-    bar = max(_LEAST_BAR, (width - 40) // 2)
+    bar = max(_LEAST_BAR, (width - 41) // 2)
     start, end = window(story)
     if story.spans:
         left, right = clock(start, start), clock(end, start)
         axis = left + right.rjust(max(len(right), bar - len(left)))
-        yield f"  {'came':10} {axis[:bar]:{bar}} {'waited':>9} {'held':>9}  who"[:width].rstrip()
+        yield f"  {'came':11} {axis[:bar]:{bar}} {'waited':>9} {'held':>9}  who"[:width].rstrip()
     for lock, spans in story.by_lock():
         yield ""
         yield lock if len(lock) <= width else f"...{lock[3 - width :]}"
@@ -65,12 +68,13 @@ def lines(story: Story, *, width: int, drawn: Drawn) -> Iterator[str]:
             held = "-" if held_for is None else spoken(*held_for, drawn)
             if span.gone is None:
                 waited, held = (f"{waited}+", held) if held_for is None else (waited, f"{held}+")
-            row = f"  {came:10} {_bar(span, start, end, bar, drawn)} {waited:>9} {held:>9}  {who(span, task)}"
+            row = f"  {came:11} {_bar(span, start, end, bar, drawn)} {waited:>9} {held:>9}  {who(span, task)}"
             yield row[:width].rstrip()
     if story.spans:
         yield ""
         yield f"{drawn.waited} in line   {drawn.held} had it   {drawn.perhaps} one of the two   {drawn.about} about"
-    yield from notes(story, drawn)
+    for note in notes(story, drawn):
+        yield from textwrap.wrap(note, width)
 
 
 def notes(story: Story, drawn: Drawn) -> Iterator[str]:
@@ -96,9 +100,12 @@ def notes(story: Story, drawn: Drawn) -> Iterator[str]:
 
 
 def clock(at: float, beside: float) -> str:
-    """A time of day; with its date, if that is another one than that of `beside`. Local time."""
+    """A time of day, to a tenth if `beside` is near; with its date, if that is of another day. Local time."""
     moment, other = datetime.fromtimestamp(at).astimezone(), datetime.fromtimestamp(beside).astimezone()
-    return moment.strftime("%H:%M:%S" if moment.date() == other.date() else "%m-%d %H:%M")
+    if moment.date() != other.date():
+        return moment.strftime("%m-%d %H:%M")
+    tenths = f".{moment.microsecond // 100_000}" if abs(at - beside) < _NEAR else ""
+    return moment.strftime("%H:%M:%S") + tenths
 
 
 def moment(instant: Instant, beside: float, drawn: Drawn) -> str:
@@ -119,9 +126,11 @@ def spoken(least: float, most: float, drawn: Drawn) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Short: ``0.2s``, ``42s``, ``2m05``, ``3h07``, ``2d04``."""
+    """Short: ``12ms``, ``1.2s``, ``42s``, ``2m05``, ``3h07``, ``2d04``."""
+    if seconds < 0.9995:
+        return f"{round(seconds * 1000)}ms" if seconds >= 0.0005 else "0s"
     if seconds < 9.95:
-        return f"{seconds:.1f}s".replace("0.0s", "0s")
+        return f"{seconds:.1f}s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from celery.bin.base import CLIContext
 from click.testing import CliRunner
 
 from celery_etcd_lock.cli import etcd_lock
+from celery_etcd_lock.testing import EtcdServer
 
-__all__ = ["Said", "app_with", "run"]
+__all__ = ["Said", "app_with", "compact", "run"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,9 @@ def run(app: Celery, *arguments: str, columns: int = 80) -> Said:
     runner = CliRunner(env={"COLUMNS": str(columns)})
     done = runner.invoke(etcd_lock, list(arguments), obj=context, catch_exceptions=False)
     return Said(done.exit_code, done.output)
+
+
+def compact(server: EtcdServer, upto: int) -> None:
+    body = f'{{"revision": {upto}}}'.encode()
+    with urllib.request.urlopen(f"{server.url}/v3/kv/compaction", body) as answer:
+        assert answer.status == 200

@@ -8,14 +8,16 @@ from contextlib import closing
 from typing import Any
 
 import pytest
+from celery import Celery
 
 from celery_etcd_lock.cli.findings import Finding, lines, status_of
-from celery_etcd_lock.cli.growth import Sample, about_clocks, about_history
+from celery_etcd_lock.cli.growth import Sample, about_clocks, about_history, about_watches
 from celery_etcd_lock.cli.members import Member, about_members, about_versions
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Put, Range, Status, Txn
+from celery_etcd_lock.locks import Session
 from celery_etcd_lock.testing import EtcdCluster, EtcdServer
-from tests.cli.running import Said, app_with, run
+from tests.cli.running import Said, app_with, compact, run
 from tests.locks.test_doors import PASSWORD, USER, etcdctl, guard
 from tests.quota import fill, small_etcd
 from tests.servers import skip_or_fail
@@ -167,6 +169,27 @@ def test_https_where_http_is_spoken(etcd: EtcdServer) -> None:
     assert any("write http://" in each["what"] for each in found(said, "wrong").values())
 
 
+def test_locks_in_memory_exclude_nobody() -> None:
+    said = examine("memory://doctor")
+    assert said.status == 1
+    assert "another process" in found(said, "wrong")["settings"]["what"]
+
+
+def test_a_client_that_cannot_be_made_is_told() -> None:
+    """And nothing of it is shown but its name."""
+    pytest.importorskip("grpc")
+
+    def client() -> None:
+        raise ValueError("no secret today")
+
+    app = Celery("proj", broker="memory://", set_as_current=False)
+    app.conf.etcd_lock_client = client
+    said = run(app, "doctor", *QUICK, "--json")
+    assert said.status == 2
+    assert "client" in said.json["settings"]["etcd_lock_client"]
+    assert found(said, "wrong")
+
+
 def test_settings_that_cannot_be_meant() -> None:
     said = run(app_with("http://127.0.0.1:1", tll=3), "doctor")
     assert said.status == 2
@@ -238,6 +261,22 @@ def test_a_history_that_nothing_compacts_fills_its_quota() -> None:
 def test_a_history_that_was_compacted(seen: dict[str, Any], level: str) -> None:
     (finding,) = about_history(sample(**{"oldest": 900_000, **seen}), [status()], None)
     assert finding.level == level
+
+
+def test_watches() -> None:
+    assert [each.level for each in about_watches(sample())] == ["ok"]
+    assert [each.level for each in about_watches(sample(unwatched="no"))] == ["warning"]
+
+
+def test_a_history_that_was_compacted_just_now(etcd: EtcdServer) -> None:
+    """By an etcd that is asked: whoever has a session now was there when it was."""
+    with Session.open(etcd.url, namespace="compacted") as session:
+        at = session.txn(Txn([], [Put("/somebody/elses", b"")])).header.revision
+        compact(etcd, at)
+        said = found(examine(etcd.url, namespace="compacted"), "ok")
+    assert f"from {at} on" in said["history"]["what"]
+    assert "something compacts it" in said["history"]["what"]
+    assert "watches" in said
 
 
 def test_clocks() -> None:

@@ -7,7 +7,6 @@ import itertools
 import re
 import threading
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -16,15 +15,18 @@ from typing import Any
 import pytest
 from celery import Celery
 
+from celery_etcd_lock.cli import past
+from celery_etcd_lock.cli.history import Told
 from celery_etcd_lock.cli.instants import unix
+from celery_etcd_lock.cli.timeline import Scope
 from celery_etcd_lock.etcd import connect
-from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn
-from celery_etcd_lock.etcd.memory import MemoryTransport
+from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn, Watch
+from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport, MemoryWatch
 from celery_etcd_lock.locks import Mutex, RWLock, Session
 from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import slot_of
 from celery_etcd_lock.testing import EtcdServer, memory_locks
-from tests.cli.running import app_with, run
+from tests.cli.running import app_with, compact, run
 
 Opens = Callable[[], Session]
 SLACK = 1.0
@@ -58,12 +60,6 @@ def opens(etcd: EtcdServer, namespace: str) -> Iterator[Opens]:
 def revision(server: EtcdServer) -> int:
     with closing(connect(server.url)) as transport:
         return transport.range(Range("/", limit=1)).header.revision
-
-
-def compact(server: EtcdServer, upto: int) -> None:
-    body = f'{{"revision": {upto}}}'.encode()
-    with urllib.request.urlopen(f"{server.url}/v3/kv/compaction", body) as answer:
-        assert answer.status == 200
 
 
 def times(said: dict[str, Any]) -> tuple[float, float]:
@@ -147,7 +143,7 @@ def test_it_is_drawn_in_80_columns_and_in_ascii(app: Celery, opens: Opens, names
     long = f"/{namespace}/locks/proj.sync/" + "k" * 100
     with acquire(session, long, describe={"task": "proj.sync", "task_id": uuid.uuid4().hex}):
         text = run(app, "history").text
-    assert all(len(line) <= 80 for line in text.splitlines() if not line[:1].isalpha())
+    assert all(len(line) <= 80 for line in text.splitlines())
     assert "█" in text
     assert f"{session.host}:{session.pid}"[:10] in text
     from celery_etcd_lock.cli.story_text import Drawn
@@ -242,6 +238,58 @@ def test_in_memory() -> None:
         Mutex(session, "/celery/locks/t/k").acquire().release()
         (lock,) = run(app_with("memory://"), "history", "--json").json["locks"]
         assert (lock["key"], bool(lock["contenders"][0]["gone"])) == ("k", True)
+
+
+class Deaf(MemoryTransport):
+    """Its watches tell nothing."""
+
+    def watch(self, request: Watch) -> MemoryWatch:
+        return super().watch(Watch("/nobody/puts/this"))
+
+
+def test_what_a_watch_does_not_tell_is_missed() -> None:
+    """It waits no longer than the timeout, and says that something is missing, or that nothing is."""
+    store, scope = MemoryEtcd(), Scope("celery", lock="/l")
+    transport = Deaf(store)
+    for complete in (True, False):
+        began = time.monotonic()
+        reach = past.replay(transport, Told(scope, lambda _: None, 10), prefix="/l/", watched="/l/", look_back=100,
+                            timeout=1.5)  # fmt: skip
+        assert reach.complete == complete
+        assert time.monotonic() - began < 20
+        transport.txn(Txn([], [Put("/l/write/1", b"{}")]))
+
+
+def test_a_compaction_in_the_middle_is_begun_anew_behind() -> None:
+    store = MemoryEtcd()
+    compacted: list[int] = []
+    transport = MemoryTransport(store)
+    for number in range(10):
+        transport.txn(Txn([], [Put(f"/l/write/{number}", b"{}")]))
+
+    def compact_once(verb: str, _: object) -> None:
+        if verb == "watch" and not compacted:
+            compacted.append(6)
+            store.compact(6)
+
+    transport.before = compact_once
+    told = Told(Scope("celery", lock="/l"), lambda _: None, 100)
+    reach = past.replay(transport, told, prefix="/l/", watched="/l/", look_back=100, timeout=2)
+    assert (reach.start, reach.head, reach.compacted, reach.complete) == (6, 11, True, True)
+    assert [stay.came for stay in told.timeline.finish()] == list(range(2, 12))
+
+
+@pytest.mark.parametrize("compacted", [0, 2, 500, 999, 1000])
+def test_the_oldest_revision_is_found_by_halves(compacted: int) -> None:
+    store = MemoryEtcd()
+    transport = MemoryTransport(store)
+    for _ in range(999):
+        transport.txn(Txn([], [Put("/k", b"")]))
+    if compacted:
+        store.compact(compacted)
+    before = transport.requests
+    assert past.oldest_revision(transport, "/k", 1000, timeout=10) == max(1, compacted)
+    assert transport.requests - before < 15
 
 
 @pytest.mark.parametrize(
