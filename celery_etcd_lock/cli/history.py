@@ -9,19 +9,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from celery.bin.base import CeleryCommand, CeleryOption, handle_preload_options
 
 from celery_etcd_lock.cli.instants import Calendar, Dated, dated
-from celery_etcd_lock.cli.past import replay
+from celery_etcd_lock.cli.past import Reach, replay
 from celery_etcd_lock.cli.story import Story, tell
 from celery_etcd_lock.cli.story_html import page
 from celery_etcd_lock.cli.story_text import Drawn, lines
 from celery_etcd_lock.cli.timeline import Scope, Timeline
 from celery_etcd_lock.etcd.api import Event, KeyValue, Transport
-from celery_etcd_lock.exceptions import ConfigError, EtcdLockError
+from celery_etcd_lock.exceptions import ConfigError, EtcdLockError, PermissionDenied
 from celery_etcd_lock.locks.queue import checked_name
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.conflict import nearest
@@ -133,21 +133,23 @@ def read(
 ) -> Story:
     """The history of `scope` in the last `since` seconds. What reads and watches raise; see `past.replay`."""
     told = Told(scope, limit_of, look_back)
-    # All of the namespace, and not the locks alone: sessions and beats tell the time, too.
-    inside = scope.prefix.startswith(f"/{scope.namespace}/")
-    sessions, beats = f"/{scope.namespace}/sessions/", f"/{scope.namespace}/beat/"
-    reach = replay(
-        transport,
-        told,
-        prefix=scope.prefix,
-        beside=(sessions, beats) if inside else (),
-        watched=f"/{scope.namespace}/" if inside else scope.prefix,
-        look_back=look_back,
-        timeout=timeout,
-    )
+    asked = {"prefix": scope.prefix, "watched": scope.prefix}
+    namespace = f"/{scope.namespace}/"
+
+    def replayed(**more: Any) -> Reach:
+        return replay(transport, told, **{**asked, **more}, look_back=look_back, timeout=timeout)
+
+    if scope.prefix.startswith(namespace):
+        try:  # all of it, and not the locks alone: sessions and beats tell the time, too
+            reach = replayed(beside=(f"{namespace}sessions/", f"{namespace}beat/"), watched=namespace)
+        except PermissionDenied:
+            reach = replayed()
+    else:
+        reach = replayed()
     now = time.time()
     calendar = Calendar(told.dates.values(), reach.head, now)
-    return tell(scope, told.timeline.finish(), calendar, reach, since=now - since, now=now, limit=limit)
+    stays, dropped = told.timeline.finish(), told.timeline.dropped
+    return tell(scope, stays, calendar, reach, since=now - since, now=now, limit=limit, dropped=dropped)
 
 
 class Told:

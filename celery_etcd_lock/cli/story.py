@@ -91,9 +91,19 @@ class Story:
 
 
 def tell(
-    scope: Scope, stays: Iterable[Stay], calendar: Calendar, reach: Reach, *, since: float, now: float, limit: int
+    scope: Scope,
+    stays: Iterable[Stay],
+    calendar: Calendar,
+    reach: Reach,
+    *,
+    since: float,
+    now: float,
+    limit: int,
+    dropped: int = 0,
 ) -> Story:
-    """The story of `stays` as far as they are not over before `since`: the `limit` that came last."""
+    """The story of `stays` as far as they are not over before `since`: the `limit` that came last. `dropped`: how
+    many there were besides that are told nowhere.
+    """
     spans = [
         Span(stay, calendar.at(stay.came), _at(calendar, stay.let_in), _at(calendar, stay.gone), now) for stay in stays
     ]
@@ -107,7 +117,7 @@ def tell(
         calendar.at(reach.start),
         since,
         now,
-        len(told) - len(chosen),
+        len(told) - len(chosen) + dropped,
         dict(calendar.misfits),
     )
 

@@ -14,7 +14,7 @@ from celery_etcd_lock.cli.timeline import task_and_key
 __all__ = ["Drawn", "clock", "duration", "lines", "moment", "notes", "spoken", "who", "window"]
 
 _NARROWEST = 60
-_LEAST_BAR = 12
+_LEAST_BAR = 20
 _NEAR = 120.0
 """Seconds."""
 
@@ -51,10 +51,10 @@ def window(story: Story) -> tuple[float, float]:
 def lines(story: Story, *, width: int, drawn: Drawn) -> Iterator[str]:
     """Line after line, none of them longer than `width`."""
     width = max(_NARROWEST, width)
-    bar = max(_LEAST_BAR, (width - 41) // 2)
+    bar = max(_LEAST_BAR, (width - 34) // 2)
     start, end = window(story)
     if story.spans:
-        left, right = clock(start, start), clock(end, start)
+        left, right = (clock(each, start).partition(".")[0] for each in (start, end))
         axis = left + right.rjust(max(len(right), bar - len(left)))
         yield f"  {'came':11} {axis[:bar]:{bar}} {'waited':>9} {'held':>9}  who"[:width].rstrip()
     for lock, spans in story.by_lock():

@@ -15,7 +15,7 @@ from celery_etcd_lock.cli.growth import Sample, about_clocks, about_history, abo
 from celery_etcd_lock.cli.members import Member, about_members, about_versions
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Put, Range, Status, Txn
-from celery_etcd_lock.locks import Session
+from celery_etcd_lock.locks import Mutex, Session
 from celery_etcd_lock.testing import EtcdCluster, EtcdServer
 from tests.cli.running import Said, app_with, compact, run
 from tests.locks.test_doors import PASSWORD, USER, etcdctl, guard
@@ -161,6 +161,14 @@ def test_each_kind_of_key_that_may_not_be_used_is_named(guarded: EtcdServer) -> 
     assert "readwrite --prefix /celery/" in wrong["permission below /celery/sessions/"]["do"]
     reader = found(examine(guarded.url, username="reader", password=PASSWORD), "wrong")
     assert "may not write or delete there" in reader["permission below /celery/locks/"]["what"]
+
+
+def test_a_history_takes_no_more_than_reading_locks(guarded: EtcdServer) -> None:
+    """Though it tells times less well, when sessions are not to be read."""
+    with Session.open(guarded.url, username=USER, password=PASSWORD) as session:
+        Mutex(session, "/celery/locks/t/k").acquire().release()
+    (lock,) = run(app_with(guarded.url, username="half", password=PASSWORD), "history", "--json").json["locks"]
+    assert lock["key"] == "k"
 
 
 def test_https_where_http_is_spoken(etcd: EtcdServer) -> None:

@@ -144,6 +144,7 @@ def test_it_is_drawn_in_80_columns_and_in_ascii(app: Celery, opens: Opens, names
     with acquire(session, long, describe={"task": "proj.sync", "task_id": uuid.uuid4().hex}):
         text = run(app, "history").text
     assert all(len(line) <= 80 for line in text.splitlines())
+    assert re.search(r"came +\d.*\d +waited +held  who\n", text)
     assert "█" in text
     assert f"{session.host}:{session.pid}"[:10] in text
     from celery_etcd_lock.cli.story_text import Drawn
