@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import click
+from click_didyoumean import DYMGroup
 
-from celery_etcd_lock.cli.hold import hold
-from celery_etcd_lock.cli.release import release
+from celery_etcd_lock.cli.doctor import doctor
+from celery_etcd_lock.cli.history import history
 
 __all__ = ["etcd_lock"]
 
 
-@click.group("etcd-lock")
+@click.group("etcd-lock", cls=DYMGroup)
 def etcd_lock() -> None:
     """Locks on etcd."""
 
 
-for command in (hold, release):
+for command in (doctor, history):
     etcd_lock.add_command(command)

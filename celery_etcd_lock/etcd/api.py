@@ -194,6 +194,9 @@ class Status:
     member_id: int
     revision: int
     errors: tuple[str, ...] = ()
+    """What ails it: alarms, as ``alarm:NOSPACE``, and that it has no leader."""
+    db_size_quota: int = 0
+    """Bytes at which it takes no more writes; 0: it does not say (before 3.6 none does)."""
 
 
 @dataclass(frozen=True, slots=True)

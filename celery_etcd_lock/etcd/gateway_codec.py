@@ -252,6 +252,7 @@ def status_in(reply: Json, endpoint: str) -> Status:
         member_id=int(header.get("member_id", 0)),
         revision=int(header.get("revision", 0)),
         errors=tuple(reply.get("errors", ())),
+        db_size_quota=int(reply.get("dbSizeQuota", 0)),
     )
 
 

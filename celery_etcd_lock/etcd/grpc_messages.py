@@ -80,7 +80,7 @@ WatchResponse: header=1 ResponseHeader, watch_id=2 int64, created=3 bool, cancel
   cancel_reason=6 string, events=11 *Event
 StatusRequest:
 StatusResponse: header=1 ResponseHeader, version=2 string, dbSize=3 int64, leader=4 uint64, raftTerm=6 uint64,
-  errors=8 *string, dbSizeInUse=9 int64
+  errors=8 *string, dbSizeInUse=9 int64, dbSizeQuota=12 int64
 AuthenticateRequest: name=1 string, password=2 string
 AuthenticateResponse: header=1 ResponseHeader, token=2 string
 """
@@ -256,6 +256,7 @@ def status_in(reply: Message, endpoint: str) -> Status:
         member_id=reply.header.member_id,
         revision=reply.header.revision,
         errors=tuple(reply.errors),
+        db_size_quota=reply.dbSizeQuota,
     )
 
 

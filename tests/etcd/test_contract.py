@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import pytest
 
-from celery_etcd_lock.etcd import Transport
+from celery_etcd_lock.etcd import Transport, gateway_codec, grpc_messages
 from celery_etcd_lock.etcd.api import (
     Compare,
     Delete,
@@ -695,6 +695,16 @@ def test_status_is_of_each_member(store: Store) -> None:
     assert status.revision == revision
     assert status.leader == status.member_id
     assert status.errors == ()
+    assert status.db_size_quota >= 0
+
+
+def test_a_member_that_knows_its_quota_says_it() -> None:
+    """From etcd 3.6 on, over both transports."""
+    said = gateway_codec.status_in({"header": {}, "version": "3.6.14", "dbSizeQuota": "2147483648"}, "http://a:1")
+    assert said.db_size_quota == 2**31
+    if grpc_messages.INSTALLED:
+        message = grpc_messages.messages.StatusResponse(version="3.6.14", dbSizeQuota=2**31)
+        assert grpc_messages.status_in(message, "http://a:1") == said
 
 
 def test_threads_share_a_transport(store: Store) -> None:
