@@ -45,7 +45,9 @@ _ENTRIES = (
 @click.option("--json", "as_json", cls=CeleryOption, is_flag=True, help_group="Beat Options", help="As JSON.")
 @click.pass_context
 def beat(ctx: click.Context, name: str | None, as_json: bool) -> None:
-    """Which beat leads, which stand by, and the last ticks; of the beats of one NAME, or of all.
+    """Which beat leads, which stand by, and the last ticks.
+
+    Of the beats of one NAME, or of all.
 
     \b
     AGE        since it stands for election

@@ -117,7 +117,11 @@ class _NotKept(Exception):
 
 def _workers(app: Celery, task_id: str, timeout: float) -> dict[str, Any]:
     control: Any = app.control
-    replies = control.broadcast(MESSAGES, arguments={"ids": [task_id]}, reply=True, timeout=timeout)
+    # A connection of its own: on Redis one that was asked on before may keep the next answer to itself.
+    with app.connection_for_write() as connection:
+        replies = control.broadcast(
+            MESSAGES, arguments={"ids": [task_id]}, reply=True, timeout=timeout, connection=connection
+        )
     return {worker: said for reply in replies or [] for worker, said in reply.items()}
 
 

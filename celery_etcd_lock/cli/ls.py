@@ -77,7 +77,7 @@ def ls(
     limit: int | None,
     as_json: bool,
 ) -> None:
-    """Locks that are held: by whom, since when, and how many wait.
+    """Locks that are held, by whom, and how many wait.
 
     \b
     AGE   since the holder came, be it that it had to wait

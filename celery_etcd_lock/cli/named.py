@@ -22,9 +22,16 @@ _MOST = 5
 
 def queue_of(ctx: click.Context, etcd: Etcd, name: str) -> Queue | None:
     """The queue of the lock of that name in etcd; None: nobody is in it."""
-    kvs = [kv for kv in keys_below(etcd.transport, name + "/")]  # noqa: C416 - they are sorted in place
-    found = list(queues(kvs, limits_of(ctx.obj.app)))
-    return found[0] if found else None
+    below = keys_below(etcd.transport, name + "/")
+    # A name that is only the beginning of locks' names must not look like a lock that all of theirs wait for.
+    own = (kv for kv in below if lock_name_in(kv.key) == name or _stands_in(name, kv.key))
+    return next(queues(own, limits_of(ctx.obj.app), name), None)
+
+
+def _stands_in(name: str, key: str) -> bool:
+    """Whether `key` is made as contenders for the lock `name` are, which is none of a task's."""
+    kind, _, identity = key.removeprefix(name + "/").rpartition("/")
+    return bool(identity) and kind in {"", "write", "read", "slot"}
 
 
 def queue_named(ctx: click.Context, etcd: Etcd, given: str, key: str | None) -> Queue:

@@ -126,10 +126,13 @@ class Queue:
         }
 
 
-def queues(kvs: Iterable[KeyValue], limits: Limits) -> Iterator[Queue]:
-    """The queues that `kvs` are, those of each lock side by side, as etcd has them in the order of their keys."""
-    for name, keys in groupby(kvs, lambda kv: lock_name_in(kv.key)):
-        yield _queue(name, list(keys), limits)
+def queues(kvs: Iterable[KeyValue], limits: Limits, name: str | None = None) -> Iterator[Queue]:
+    """The queues that `kvs` are, those of each lock side by side, as etcd has them in the order of their keys.
+
+    With `name` they are all of one, which may be none of a task's.
+    """
+    for each, keys in groupby(kvs, lambda kv: name or lock_name_in(kv.key)):
+        yield _queue(each, list(keys), limits)
 
 
 def _queue(name: str, keys: list[KeyValue], limits: Limits) -> Queue:

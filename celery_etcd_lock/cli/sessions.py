@@ -36,7 +36,9 @@ _COLUMNS = (
 @click.option("--json", "as_json", cls=CeleryOption, is_flag=True, help_group="Sessions Options", help="As JSON.")
 @click.pass_context
 def sessions(ctx: click.Context, as_json: bool) -> None:
-    """Processes that have taken locks: each has one session, on which all its locks hang.
+    """Processes that have taken locks.
+
+    Each has one session, on which all its locks hang.
 
     \b
     WORKER  the same for all processes of one worker; another each time it starts

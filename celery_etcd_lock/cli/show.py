@@ -37,14 +37,14 @@ _COLUMNS = (
 @click.option("--json", "as_json", cls=CeleryOption, is_flag=True, help_group="Show Options", help="As JSON.")
 @click.pass_context
 def show(ctx: click.Context, lock: str, key: str | None, as_json: bool) -> None:
-    """The queue of LOCK: who holds it, and who waits for it in etcd, first come first.
+    """The queue of a lock: who holds it, and who waits.
 
     \b
     LOCK is a task's name and a key, as `ls` shows them, or the lock's name in etcd:
     celery -A proj etcd-lock show shop.sync account_id=42
     celery -A proj etcd-lock show /celery/locks/shop.sync/account_id=42
 
-    Tasks that were put back into their queue do not stand in line: see `why`.
+    First come first served. Tasks that were put back into their queue do not stand in line: see `why`.
     """  # noqa: D301 - click's mark for lines that stay
     now = datetime.now(timezone.utc)
     with connected(ctx) as etcd:

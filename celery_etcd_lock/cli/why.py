@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -20,8 +19,12 @@ from celery_etcd_lock.cli.pages import keys_below
 from celery_etcd_lock.cli.queues import Contender, Lock, Queue, limits_of, queues
 from celery_etcd_lock.etcd.api import Range
 from celery_etcd_lock.tasks.copies import Mark, mark_key
+from celery_etcd_lock.tasks.message import Waits
 
 __all__ = ["why"]
+
+_AT_ONCE = timedelta(seconds=1)
+"""For so long after it is due a message may be on its way into a slot that is free."""
 
 
 @click.command(cls=CeleryCommand)
@@ -39,18 +42,21 @@ __all__ = ["why"]
 @click.option("--json", "as_json", cls=CeleryOption, is_flag=True, help_group="Why Options", help="As JSON.")
 @click.pass_context
 def why(ctx: click.Context, task_id: str, timeout: float, as_json: bool) -> None:
-    """Why TASK_ID does not run: which lock it waits for, who holds that, how often it has tried, and when it will next.
+    """Which lock a task waits for, and who holds it.
 
-    Looks into etcd, asks the workers for its message, and the result backend for its state; says what it could not
-    find out. Exit status: 0; 1 if nobody knows of the task.
+    And since when, how often it has tried, and when it will next. Looks into etcd, asks the workers for its message,
+    and the result backend for its state; says what it could not find out.
+
+    Exit status: 0; 1 if nobody knows of the task.
     """
     app = ctx.obj.app
     with connected(ctx) as etcd:
         everywhere = queues(keys_below(etcd.transport, etcd.below("locks")), limits_of(app))
         standing = next(_of_task(everywhere, task_id), None)
         mark = _mark(etcd, task_id)
+        now = datetime.now(timezone.utc)
         said = ask_elsewhere(app, task_id, timeout)
-        story = _Story(task_id, standing, mark, said)
+        story = _Story(task_id, standing, mark, said, now)
         if standing is None and story.lock:
             story.queue = queue_of(ctx, etcd, story.lock)
     if not story.known:
@@ -86,11 +92,12 @@ class _Story:
     standing: tuple[Queue, Contender] | None
     mark: Mark | None
     said: Elsewhere
+    now: datetime
+    """When the workers were asked: they answer at once, and are waited for all the same."""
     queue: Queue | None = None
     """Of the lock that it waits for, where it does not stand in line itself."""
 
     def __post_init__(self) -> None:
-        self.now = datetime.now(timezone.utc)
         if self.standing is not None:
             self.queue = self.standing[0]
 
@@ -155,8 +162,7 @@ class _Story:
         """Seconds since it first found the lock taken."""
         if self.standing is not None and not self.waits.get("count"):
             return age(self.standing[1].record.get("since", ""), self.now)
-        seconds, at = float(self.waits.get("seconds", 0)), float(self.waits.get("at", 0))
-        return seconds + (max(0.0, time.time() - at) if at else 0.0) if self.waits else None
+        return Waits(**self.waits).waited(self.now.timestamp()) if self.waits else None
 
     @property
     def next_try(self) -> datetime | None:
@@ -202,8 +208,8 @@ class _Story:
 
     def _when(self, when: datetime) -> str:
         text = when.astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
-        if when - self.now < timedelta(0):
-            return f"was due at {text}: its worker has no child free to run it"
+        if self.now - when > _AT_ONCE:
+            return f"was due at {text}, and waits until its worker has a slot free"
         return f"in {lasting((when - self.now).total_seconds())}, at {text}"
 
     def _state_told(self) -> str:

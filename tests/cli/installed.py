@@ -1,8 +1,9 @@
-"""``celery etcd-lock`` as a process of its own, in a pipe or in a terminal; as it is declared, installed or not."""
+"""``celery etcd-lock`` as a process of its own, in a pipe or in a terminal, as it is declared; and in this process."""
 
 from __future__ import annotations
 
 import fcntl
+import inspect
 import os
 import pty
 import re
@@ -13,8 +14,15 @@ import termios
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Said", "declared", "in_terminal", "metadata", "piped"]
+from celery import Celery
+from celery.bin.base import CLIContext
+from click.testing import CliRunner
+
+from celery_etcd_lock.cli import etcd_lock
+
+__all__ = ["Said", "app_with", "declared", "here", "in_terminal", "metadata", "piped"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIMIT = 60
@@ -46,6 +54,22 @@ def metadata(folder: Path) -> Path:
     ]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def app_with(endpoints: str, **settings: Any) -> Celery:
+    """An app without tasks. `settings`: without their ``etcd_lock_``."""
+    app = Celery("proj", broker="memory://", set_as_current=False)
+    app.conf.update({f"etcd_lock_{name}": value for name, value in {"endpoints": endpoints, **settings}.items()})
+    return app
+
+
+def here(app: Celery, *arguments: str) -> Said:
+    """What the command says in this process. An exception that is no exit is raised."""
+    apart = {"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}  # before click 8.2
+    context = CLIContext(app, no_color=False, workdir=".")
+    runner: Any = CliRunner(**apart)  # type: ignore[arg-type,unused-ignore]
+    done = runner.invoke(etcd_lock, list(arguments), obj=context, catch_exceptions=False)
+    return Said(done.exit_code, done.stdout, done.stderr)
 
 
 def piped(environment: Mapping[str, str], *arguments: str) -> Said:
