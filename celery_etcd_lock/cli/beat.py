@@ -17,7 +17,7 @@ from celery_etcd_lock.cli.connected import connected
 from celery_etcd_lock.cli.leases import left_of
 from celery_etcd_lock.cli.pages import keys_below
 from celery_etcd_lock.cli.queues import Contender
-from celery_etcd_lock.cli.tables import Column, draw, terminal_width
+from celery_etcd_lock.cli.tables import Column, draw, printable, terminal_width
 from celery_etcd_lock.etcd.api import KeyValue, LeaseKeys
 from celery_etcd_lock.locks.queue import admitted
 
@@ -117,7 +117,7 @@ def _beats(namespace: str, kvs: Iterable[KeyValue]) -> dict[str, _Beats]:
 
 def _show(ctx: click.Context, group: _Beats, now: datetime, asked: dict[int, LeaseKeys]) -> None:
     width = terminal_width()
-    ctx.obj.echo(ctx.obj.style(group.name, fg="cyan", bold=True))
+    ctx.obj.echo(ctx.obj.style(printable(group.name), fg="cyan", bold=True))
     candidates = [
         ("leads" if each.holds else "stands by", each.host, each.pid, ago(each.record.get("since", ""), now),
          left(each.kv.lease, asked))

@@ -18,7 +18,7 @@ from celery_etcd_lock.cli.connected import Etcd, connected
 from celery_etcd_lock.cli.leases import left_of
 from celery_etcd_lock.cli.pages import keys_below
 from celery_etcd_lock.cli.queues import Contender, Queue, limits_of, queues
-from celery_etcd_lock.cli.tables import Column, draw, terminal_width
+from celery_etcd_lock.cli.tables import Column, draw, printable, terminal_width
 from celery_etcd_lock.etcd.api import LeaseKeys
 from celery_etcd_lock.tasks.keys import lock_name
 
@@ -92,14 +92,20 @@ def ls(
         matching = wanted.of(queues(keys_below(etcd.transport, wanted.prefix(etcd)), limits_of(ctx.obj.app)))
         found = list(islice(matching, limit and limit + 1))
         shown = found[:limit]
-        if as_json:
-            ctx.obj.echo(_json(shown))
-        elif shown:
-            asked = left_of(etcd.transport, (each.kv.lease for queue in shown for each in queue.holders))
-            for line in _lines(ctx, shown, wanted.now, asked):
-                ctx.obj.echo(line)
-    if not as_json:
-        _remarks(found, shown, filtered=wanted.narrows)
+        leases = set() if as_json else {each.kv.lease for queue in shown for each in queue.holders if each.kv.lease}
+        asked = left_of(etcd.transport, leases)
+    if as_json:
+        ctx.obj.echo(_json(shown))
+        return
+    for line in _lines(ctx, shown, wanted.now, asked) if shown else ():
+        ctx.obj.echo(line)
+    if not found:
+        click.echo("no lock that is held is of that kind" if wanted.narrows else "no lock is held", err=True)
+    if len(asked) < len(leases):
+        click.echo(
+            f"{len(leases) - len(asked)} leases were not asked for their time to live: see fewer locks", err=True
+        )
+    _remarks(found, shown)
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def _lines(ctx: click.Context, shown: Sequence[Queue], now: datetime, asked: dic
     for number, (task, of_task) in enumerate(groupby(shown, lambda queue: queue.lock.task)):
         if number:
             yield ""
-        yield ctx.obj.style(task or "Shared by tasks, or of none", fg="cyan", bold=True)
+        yield ctx.obj.style(printable(task) or "Shared by tasks, or of none", fg="cyan", bold=True)
         rows = [row for queue in of_task for _, row in _rows(queue, now, asked)]
         yield from draw(ctx.obj.style, _COLUMNS, rows, width=width, indent="  ")
 
@@ -174,15 +180,13 @@ def _task_of(queue: Queue, holder: Contender) -> str:
     return queue.lock.task or str(holder.record.get("task", "-"))
 
 
-def _remarks(found: Sequence[Queue], shown: Sequence[Queue], *, filtered: bool) -> None:
+def _remarks(found: Sequence[Queue], shown: Sequence[Queue]) -> None:
     """What is to be said beside the list, and not in a pipe."""
-    if not found:
-        click.echo("no lock that is held is of that kind" if filtered else "no lock is held", err=True)
     if len(found) > len(shown):
         click.echo("… and more: raise --limit, or narrow it down", err=True)
     if unsure := next((queue for queue in shown if not queue.sure), None):
         click.echo(
-            f"how many may hold {unsure.lock.title} at once is not known here, as its task is not in this app: "
-            "of those that wait some may be in",
+            f"how many may hold {printable(unsure.lock.title)} at once is not known here, as its task is not in this "
+            "app: of those that wait some may be in",
             err=True,
         )

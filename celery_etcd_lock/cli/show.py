@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from typing import TypeVar
 
 import click
 from celery.bin.base import CeleryCommand, CeleryOption
@@ -14,10 +15,12 @@ from celery_etcd_lock.cli.connected import connected
 from celery_etcd_lock.cli.leases import left_of
 from celery_etcd_lock.cli.named import queue_named
 from celery_etcd_lock.cli.queues import Contender, Queue
-from celery_etcd_lock.cli.tables import Column, draw, terminal_width
+from celery_etcd_lock.cli.tables import Column, draw, printable, terminal_width
 from celery_etcd_lock.etcd.api import LeaseKeys
 
 __all__ = ["show"]
+
+T = TypeVar("T")
 
 _COLUMNS = (
     Column("#", right=True),
@@ -29,6 +32,8 @@ _COLUMNS = (
     Column("AGE", right=True),
     Column("TTL", right=True),
 )
+_TASK = 4
+"""Which of them it is."""
 
 
 @click.command(cls=CeleryCommand)
@@ -53,13 +58,16 @@ def show(ctx: click.Context, lock: str, key: str | None, as_json: bool) -> None:
     if as_json:
         ctx.obj.echo(json.dumps(_json(queue, asked), ensure_ascii=False, indent=1))
         return
-    ctx.obj.echo(ctx.obj.style(queue.lock.title, fg="cyan", bold=True))
-    ctx.obj.echo(f"{queue.lock.name}, {queue.mode}: {_counted(queue)}")
+    ctx.obj.echo(ctx.obj.style(printable(queue.lock.title), fg="cyan", bold=True))
+    ctx.obj.echo(f"{printable(queue.lock.name)}, {queue.mode}: {_counted(queue)}")
     rows = [_row(queue, number, each, now, asked) for number, each in enumerate(queue.contenders, 1)]
-    for line in draw(ctx.obj.style, _COLUMNS, rows, width=terminal_width()):
+    columns: tuple[Column, ...] = _COLUMNS
+    if queue.lock.task:  # it is the same in each line, and on the first one: leave room for the ids
+        columns, rows = _without(_TASK, columns), [_without(_TASK, row) for row in rows]
+    for line in draw(ctx.obj.style, columns, rows, width=terminal_width()):
         ctx.obj.echo(line)
     for remark in _remarks(queue, asked):
-        ctx.obj.echo(remark)
+        ctx.obj.echo(printable(remark))
 
 
 def _counted(queue: Queue) -> str:
@@ -67,6 +75,10 @@ def _counted(queue: Queue) -> str:
     hold = f"{holders} holds it" if holders == 1 else f"{holders} hold it"
     wait = "nobody waits" if not waiting else "1 waits" if waiting == 1 else f"{waiting} wait"
     return f"{hold}, {wait}"
+
+
+def _without(index: int, items: tuple[T, ...]) -> tuple[T, ...]:
+    return items[:index] + items[index + 1 :]
 
 
 def _row(queue: Queue, number: int, each: Contender, now: datetime, asked: dict[int, LeaseKeys]) -> tuple[object, ...]:

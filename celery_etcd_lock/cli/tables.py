@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from unicodedata import east_asian_width
 
-__all__ = ["Column", "draw", "terminal_width"]
+__all__ = ["Column", "draw", "printable", "terminal_width"]
 
 _GAP = "  "
 
@@ -35,7 +35,7 @@ def draw(
     style: Any, columns: Sequence[Column], rows: Sequence[Sequence[object]], *, width: int | None, indent: str = ""
 ) -> Iterator[str]:
     """The lines of the table, its head first. `style`: Celery's ``ctx.obj.style``. `width` None: no limit."""
-    texts = [[_clean(cell) for cell in row] for row in rows]
+    texts = [[printable(cell) for cell in row] for row in rows]
     widths = [max([_wide(column.title), *(_wide(row[i]) for row in texts)]) for i, column in enumerate(columns)]
     if width is not None:
         _fit(widths, columns, width - len(indent) - len(_GAP) * (len(columns) - 1))
@@ -44,8 +44,8 @@ def draw(
         yield indent + _line(row, columns, widths)
 
 
-def _clean(cell: object) -> str:
-    """On one line, whatever is in the name of a key: no escape sequence of a stranger's reaches a terminal."""
+def printable(cell: object) -> str:
+    """On one line, whatever somebody has put into etcd: no escape sequence of a stranger's reaches a terminal."""
     text = str(cell)
     return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)
 

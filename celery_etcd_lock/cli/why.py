@@ -17,6 +17,7 @@ from celery_etcd_lock.cli.elsewhere import Elsewhere, Message, ask_elsewhere
 from celery_etcd_lock.cli.named import queue_of
 from celery_etcd_lock.cli.pages import keys_below
 from celery_etcd_lock.cli.queues import Contender, Lock, Queue, limits_of, queues
+from celery_etcd_lock.cli.tables import printable
 from celery_etcd_lock.etcd.api import Range
 from celery_etcd_lock.tasks.copies import Mark, mark_key
 from celery_etcd_lock.tasks.message import Waits
@@ -69,7 +70,7 @@ def why(ctx: click.Context, task_id: str, timeout: float, as_json: bool) -> None
         ctx.obj.echo(json.dumps(story.to_json(), ensure_ascii=False, indent=1))
         return
     for label, text in story.lines():
-        ctx.obj.echo(f"{ctx.obj.style(f'{label:<10}', bold=True)} {text}")
+        ctx.obj.echo(f"{ctx.obj.style(f'{label:<10}', bold=True)} {printable(text)}")
 
 
 def _of_task(found: Iterator[Queue], task_id: str) -> Iterator[tuple[Queue, Contender]]:

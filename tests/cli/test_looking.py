@@ -289,3 +289,5 @@ def test_strangers_and_leftovers(scene: Scene, etcd: EtcdServer) -> None:
         assert re.search(r"its lock_at_least_for keeps the lock for \d+s more", kept)
         assert len(kept.splitlines()) == 5, "the two keys of one holder are one line"
         assert "forgotten" in here(app, "ls").out
+        session.transport.txn(Txn([], [Put(f"{prefix}ring/%07/abc", b"")]))
+        assert "\a" not in here(app, "ls").out + here(app, "show", "ring").out, "whatever somebody calls a key"

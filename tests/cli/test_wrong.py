@@ -39,12 +39,12 @@ def test_an_etcd_that_is_silent(own: EtcdServer, command: tuple[str, ...]) -> No
     own.pause()
     try:
         began = time.monotonic()
-        said = here(app_with(own.url, timeout=0.5, beat_ttl=15), *command)
+        said = here(app_with(own.url, timeout=0.2, beat_ttl=15), *command)
         assert time.monotonic() - began < 10
     finally:
         own.resume()
     assert (said.status, said.out) == (1, "")
-    assert said.err.startswith("Error: no etcd member answered within 0.5 s: ")
+    assert said.err.startswith("Error: no etcd member answered within 0.2 s: ")
     assert said.err.count("\n") == 1
 
 
