@@ -21,6 +21,10 @@ _COMMANDS = (
     "why",
     "sessions",
     "beat",
+    "history",
+    "hold",
+    "release",
+    "doctor",
 )
 
 

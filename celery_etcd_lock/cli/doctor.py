@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any
 
 import click
-from celery.bin.base import CeleryCommand, CeleryOption, handle_preload_options
+from celery.bin.base import CeleryCommand, CeleryOption
 
 from celery_etcd_lock.cli.findings import NOT_EXAMINED, Finding, lines, status_of
 from celery_etcd_lock.cli.growth import about_clocks, about_history, about_quota, about_watches, sample
@@ -58,7 +58,6 @@ _LONGEST_LOOK = 60
 @click.option("--strict", cls=CeleryOption, is_flag=True, help_group="Doctor Options", help="A warning is wrong, too.")
 @click.option("--json", "as_json", cls=CeleryOption, is_flag=True, help_group="Doctor Options", help="As JSON.")
 @click.pass_context
-@handle_preload_options
 def doctor(
     ctx: click.Context, seconds: float, timeout: float | None, quota: int | None, strict: bool, as_json: bool
 ) -> None:

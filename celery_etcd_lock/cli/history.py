@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
-from celery.bin.base import CeleryCommand, CeleryOption, handle_preload_options
+from celery.bin.base import CeleryCommand, CeleryOption
 
 from celery_etcd_lock.cli.instants import Calendar, Dated, dated
 from celery_etcd_lock.cli.past import Reach, replay
@@ -85,7 +85,6 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
     help="As one HTML page, which loads nothing: redirect it to a file.",
 )
 @click.pass_context
-@handle_preload_options
 def history(
     ctx: click.Context, lock: str, since: float, limit: int, look_back: int, as_json: bool, as_html: bool
 ) -> None:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
-from celery.bin.base import CeleryCommand, CeleryOption, handle_preload_options
+from celery.bin.base import CeleryCommand, CeleryOption
 
 from celery_etcd_lock.cli.child import Child
 from celery_etcd_lock.cli.progress import Progress
@@ -100,7 +100,6 @@ class _WithCommand(CeleryCommand):  # type: ignore[misc,unused-ignore]
     help="What others are told while it is held. Default: the command's name, without its arguments.",
 )
 @click.pass_context
-@handle_preload_options
 def hold(
     ctx: click.Context,
     task: str,

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import click
-from celery.bin.base import CeleryCommand, CeleryOption, handle_preload_options
+from celery.bin.base import CeleryCommand, CeleryOption
 
 from celery_etcd_lock.cli.progress import Progress
 from celery_etcd_lock.cli.waiting import in_line
@@ -65,9 +65,8 @@ _WHAT_FORCE_DOES = (
     "--yes", "-y", cls=CeleryOption, is_flag=True, help_group="Release Options", help="Do not ask before --force."
 )
 @click.pass_context
-@handle_preload_options
 def release(
-    ctx: click.Context, lock: str, args: tuple[str, ...], force: bool, wait: float | None, yes: bool, **_preload: Any
+    ctx: click.Context, lock: str, args: tuple[str, ...], force: bool, wait: float | None, yes: bool
 ) -> None:
     """Ask whoever holds LOCK to give it back, and say what came of it.
 
