@@ -108,7 +108,6 @@ def hold(
     kill_after: float,
     shared: bool,
     reason: str | None,
-    **_preload: Any,
 ) -> None:
     """Run a command under a task's lock: no run of TASK begins before it has ended.
 

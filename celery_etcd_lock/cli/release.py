@@ -65,9 +65,7 @@ _WHAT_FORCE_DOES = (
     "--yes", "-y", cls=CeleryOption, is_flag=True, help_group="Release Options", help="Do not ask before --force."
 )
 @click.pass_context
-def release(
-    ctx: click.Context, lock: str, args: tuple[str, ...], force: bool, wait: float | None, yes: bool
-) -> None:
+def release(ctx: click.Context, lock: str, args: tuple[str, ...], force: bool, wait: float | None, yes: bool) -> None:
     """Ask whoever holds LOCK to give it back, and say what came of it.
 
     LOCK is a lock's name with its leading '/', or a task's name, with the task's arguments as JSON behind it. The
