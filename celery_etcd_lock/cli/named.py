@@ -11,6 +11,7 @@ import click
 from celery_etcd_lock.cli.connected import Etcd
 from celery_etcd_lock.cli.pages import keys_below
 from celery_etcd_lock.cli.queues import Lock, Queue, limits_of, lock_name_in, queues
+from celery_etcd_lock.cli.which import lock_meant
 from celery_etcd_lock.exceptions import ConfigError
 from celery_etcd_lock.tasks.keys import lock_name
 
@@ -35,7 +36,12 @@ def _stands_in(name: str, key: str) -> bool:
 
 
 def queue_named(ctx: click.Context, etcd: Etcd, given: str, key: str | None) -> Queue:
-    """The queue of the lock that `given`, and perhaps `key`, mean. `click.ClickException` that says what is near."""
+    """The queue of the lock that `given`, and perhaps `key`, mean. `click.ClickException` that says what is near.
+
+    `key` may be the task's arguments, as JSON: ``[42]``.
+    """
+    if key is not None and key.startswith(("[", "{")):
+        given, key = lock_meant(ctx.obj.app, given, [key]).name, None
     for name in dict.fromkeys(_candidates(etcd, given, key)):
         found = queue_of(ctx, etcd, name)
         if found is not None:

@@ -45,8 +45,10 @@ def show(ctx: click.Context, lock: str, key: str | None, as_json: bool) -> None:
     """The queue of a lock: who holds it, and who waits.
 
     \b
-    LOCK is a task's name and a key, as `ls` shows them, or the lock's name in etcd:
+    LOCK is a task's name and a key, as `ls` shows them, or its arguments as JSON;
+    or the lock's name in etcd:
     celery -A proj etcd-lock show shop.sync account_id=42
+    celery -A proj etcd-lock show shop.sync '[42]'
     celery -A proj etcd-lock show /celery/locks/shop.sync/account_id=42
 
     First come first served. Tasks that were put back into their queue do not stand in line: see `why`.
