@@ -15,7 +15,6 @@ import click
 from celery import bootsteps, signals
 
 from celery_etcd_lock import events
-from celery_etcd_lock.beat.wrapped import is_ours, settings_for_beat, wrapped_scheduler
 from celery_etcd_lock.exceptions import ConfigError
 from celery_etcd_lock.inspection import locks_of_children, locks_of_process, sessions_prefix
 from celery_etcd_lock.orphans import LOOK_EVERY, Orphans
@@ -40,8 +39,8 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
         try:
             settings = Settings.from_app(parent.app)
             settings.check_here()
-            if kwargs.get("beat") and is_ours(parent.scheduler):
-                wrapped_scheduler(parent.app, settings_for_beat(parent.app))
+            if kwargs.get("beat"):
+                _check_for_beat(parent)
         except ConfigError as error:
             raise click.ClickException(str(error)) from error
         if _forks(parent) and any(url.startswith("memory://") for url in settings.endpoints):
@@ -49,6 +48,14 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
                 "etcd_lock_endpoints is memory://, which the processes of a prefork pool do not share: nothing "
                 "would be locked. Give it a real etcd, or start the worker with -P solo or -P threads"
             )
+
+
+def _check_for_beat(parent: Any) -> None:
+    # Here, for whoever publishes or runs tasks imports this module, and few of them have a beat.
+    from celery_etcd_lock.beat.wrapped import is_ours, settings_for_beat, wrapped_scheduler
+
+    if is_ours(parent.scheduler):
+        wrapped_scheduler(parent.app, settings_for_beat(parent.app))
 
 
 class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
