@@ -63,6 +63,8 @@ class Fenced(Scheduler):
     own_store = False
     _ledger: Ledger | None = None
     _publishing = False
+    _taken: Entry | None = None
+    """What has moved on in its place in the schedule, and has not come to the fence."""
 
     def begin(self, ledger: Ledger, outage: Outage, *, beat: str, scope: str, done_ttl: float) -> None:
         """Send what is due, as far as `ledger` lets it through, for the `beat` of this name.
@@ -109,6 +111,7 @@ class Fenced(Scheduler):
         return interval
 
     def reserve(self, entry: Entry) -> Entry:
+        self._taken = entry
         self._reserved = super().reserve(entry)
         return self._reserved
 
@@ -117,12 +120,15 @@ class Fenced(Scheduler):
 
     def sync(self) -> None:
         if self._ledger is None or self._ledger.leads:  # or another beat writes there now
+            if self._taken is not None:  # no broker, or the end, before the fence: it was not sent
+                bring(self._taken, last_run(self._taken), runs(self._taken))
             super().sync()
 
     def apply_async(self, entry: Entry, producer: Any = None, advance: bool = True, **kwargs: Any) -> Any:
         reserved, self._reserved = self._reserved, None
         # A signal that ends this beat does so before the fence, or when the tick is written down.
         with deferred():
+            self._taken = None
             result = self._pass(entry, None if advance else reserved, producer, kwargs)
         if self.should_sync():
             self._do_sync()  # type: ignore[attr-defined]
@@ -226,7 +232,7 @@ class Fenced(Scheduler):
             self._outage.fails(error)
         if reserved is None:
             self.reserve(entry)
-            self._reserved = None
+            self._reserved = self._taken = None
         self._failed.pop(entry.name, None)
 
     def _fence(self, entry: Entry, reserved: Entry | None, reason: str, pause: float = 0.0) -> None:

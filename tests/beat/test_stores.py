@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import pytest
 from celery.beat import ScheduleEntry, Scheduler
 from celery.schedules import schedule
+from kombu.exceptions import OperationalError
 
 from celery_etcd_lock.signals import LeaderLostRecord, TickFencedRecord
 from tests.beat.bench import Bench
-from tests.servers import RedisServer
+from tests.servers import RedisServer, free_port
 
 NewBench = Callable[..., Bench]
 
@@ -105,6 +106,18 @@ def test_what_could_not_be_published_is_not(new_bench: NewBench, store: dict[str
         broker.start()
         bench.ticked(beat)
         assert store["entry"].total_run_count == 2
+
+
+def test_nor_is_what_found_no_broker_before_its_fence(new_bench: NewBench, store: dict[str, Row]) -> None:
+    """Celery opens its connection when the entry has moved on, and a beat that cannot get one ends."""
+    store["entry"].last_run_at = now() - timedelta(hours=1)
+    there = Row(**vars(store["entry"]))
+    bench = new(new_bench, redis_url=f"redis://127.0.0.1:{free_port()}/0", broker_connection_max_retries=0)
+    beat = bench.scheduler()
+    with pytest.raises(OperationalError):
+        bench.tick(beat, lambda: False)
+    beat.close()
+    assert store["entry"] == there
 
 
 def test_a_beat_that_was_deposed_leaves_the_store_alone(new_bench: NewBench, store: dict[str, Row]) -> None:
