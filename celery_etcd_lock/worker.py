@@ -51,11 +51,7 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
 
 
 def _check_for_beat(parent: Any) -> None:
-<<<<<<< HEAD
     # Imported here: whoever publishes or runs tasks imports this module, and few of them have a beat.
-=======
-    # Here, for whoever publishes or runs tasks imports this module, and few of them have a beat.
->>>>>>> 304f122423281b974d36487e21f88da3b50363f4
     from celery_etcd_lock.beat.wrapped import is_ours, settings_for_beat, wrapped_scheduler
 
     if is_ours(parent.scheduler):
