@@ -61,10 +61,10 @@ _LONGEST_LOOK = 60
 def doctor(
     ctx: click.Context, seconds: float, timeout: float | None, quota: int | None, strict: bool, as_json: bool
 ) -> None:
-    """Is etcd there, and fit for locks? Says what it has found, and what to do about it.
+    """Is etcd there, and fit for locks?
 
-    Looks at the settings, at each endpoint, the versions, the time that requests take, the permissions (by a key for
-    each kind of ours, which is removed again), the history and what compacts it, the room there is, and clocks.
+    Says what it has found, and what to do about it. Looks at the settings, at each endpoint, the versions, the time
+    that requests take, the permissions (by a key for each kind of ours, which is removed again), the history and what compacts it, the room there is, and clocks.
 
     Exit status: 0, nothing is wrong, though there may be warnings (--strict: not even those); 1, something is; 2, it
     could not be examined: the settings cannot be meant, no etcd answers, or it does not let us in.

@@ -85,7 +85,7 @@ class Lock:
     @classmethod
     def named(cls, name: str) -> Lock:
         parts = name.split("/")
-        if len(parts) != _DEPTH:
+        if len(parts) != _DEPTH or parts[0] or parts[2] != "locks":
             return cls(name, "", name)
         if parts[3] == "@shared":
             return cls(name, "", "/" + unquote(parts[4]))

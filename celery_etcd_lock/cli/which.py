@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import click
 
+from celery_etcd_lock.cli.queues import Lock
 from celery_etcd_lock.exceptions import EtcdLockError
 from celery_etcd_lock.locks.queue import checked_name
 from celery_etcd_lock.settings import Settings
@@ -21,7 +21,7 @@ from celery_etcd_lock.tasks.task import SingletonTask
 if TYPE_CHECKING:
     from celery import Celery
 
-__all__ = ["Meant", "lock_meant", "titled"]
+__all__ = ["Meant", "lock_meant"]
 
 _EXTRAS = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
@@ -52,7 +52,7 @@ def lock_meant(app: Celery, task: str, given: Sequence[str] = ()) -> Meant:
         raise click.ClickException(f"{task} is a lock's name, which takes no arguments: leave out {given[0]}")
     try:
         if task.startswith("/"):
-            return Meant(checked_name(task), titled(task))
+            return Meant(checked_name(task), Lock.named(task).title)
         args, kwargs = _parsed(given)
         singleton = _singleton(app, task)
         rule = singleton._key_rule
@@ -60,7 +60,7 @@ def lock_meant(app: Celery, task: str, given: Sequence[str] = ()) -> Meant:
         name = singleton.lock_name(*_completed(rule, args, kwargs))
     except (EtcdLockError, TypeError, ValueError) as error:  # ValueError: of pydantic
         raise click.ClickException(str(error)) from error
-    return Meant(name, titled(name), singleton)
+    return Meant(name, Lock.named(name).title, singleton)
 
 
 def _settings(app: Celery) -> Settings:
@@ -68,17 +68,6 @@ def _settings(app: Celery) -> Settings:
         return Settings.from_app(app)
     except EtcdLockError as error:
         raise click.ClickException(str(error)) from error
-
-
-def titled(name: str) -> str:
-    """What to call the lock `name`, of whatever namespace, before people."""
-    parts = name.split("/")
-    if len(parts) != 5 or parts[0] or parts[2] != "locks":
-        return name
-    owner, key = unquote(parts[3]), unquote(parts[4])
-    if parts[3] == "@shared":
-        return f"/{key}"
-    return owner if key == "-" else f"{owner} {key}"
 
 
 def _parsed(given: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:

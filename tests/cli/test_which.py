@@ -10,7 +10,8 @@ import pytest
 from celery import Celery
 
 from celery_etcd_lock import SingletonTask
-from celery_etcd_lock.cli.which import lock_meant, titled
+from celery_etcd_lock.cli.queues import Lock
+from celery_etcd_lock.cli.which import lock_meant
 from celery_etcd_lock.tasks.keys import lock_name
 
 
@@ -50,7 +51,7 @@ def test_what_is_meant(app: Celery, task: str, given: list[str], title: str) -> 
     """By the task's own rule; what does not count may be left out."""
     meant = lock_meant(app, task, given)
     assert meant.title == title
-    assert titled(meant.name) == title
+    assert Lock.named(meant.name).title == title
     if meant.task is not None and task == "shop.sync":
         assert meant.name == lock_name("celery", task, title.partition(" ")[2])
 
@@ -89,5 +90,5 @@ def test_locks_that_no_other_process_sees(app: Celery) -> None:
 
 def test_names_of_other_layouts_are_their_own_titles() -> None:
     """An election's, somebody else's."""
-    assert titled("/celery/beat/default/leader") == "/celery/beat/default/leader"
-    assert titled("maintenance") == "maintenance"
+    assert Lock.named("/celery/beat/default/leader").title == "/celery/beat/default/leader"
+    assert Lock.named("maintenance").title == "maintenance"
