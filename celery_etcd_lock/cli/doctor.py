@@ -64,7 +64,8 @@ def doctor(
     """Is etcd there, and fit for locks?
 
     Says what it has found, and what to do about it. Looks at the settings, at each endpoint, the versions, the time
-    that requests take, the permissions (by a key for each kind of ours, which is removed again), the history and what compacts it, the room there is, and clocks.
+    that requests take, the permissions (by a key for each kind of ours, which is removed again), the history and what
+    compacts it, the room there is, and clocks.
 
     Exit status: 0, nothing is wrong, though there may be warnings (--strict: not even those); 1, something is; 2, it
     could not be examined: the settings cannot be meant, no etcd answers, or it does not let us in.
