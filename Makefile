@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 # How many tests run at once: most of them wait for servers and workers, which takes no processor.
-WORKERS ?= 5
+WORKERS ?= 6
 bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 

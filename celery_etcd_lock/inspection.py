@@ -1,8 +1,11 @@
-"""What ``celery inspect stats`` shows of a worker's locks."""
+"""What ``celery inspect`` shows of a worker's locks: ``stats``, and ``etcd_lock_messages`` of messages that wait."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from celery_etcd_lock.etcd.api import KeyValue, Range, prefix_end
@@ -11,6 +14,7 @@ from celery_etcd_lock.orphans import pid_of
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.errands import Errands
 from celery_etcd_lock.tasks.instance import instance
+from celery_etcd_lock.tasks.message import Waits
 from celery_etcd_lock.tasks.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -18,7 +22,10 @@ if TYPE_CHECKING:
 
     from celery_etcd_lock.locks.session import Session
 
-__all__ = ["locks_of_children", "locks_of_process", "sessions_prefix"]
+__all__ = ["MESSAGES", "add_commands", "locks_of_children", "locks_of_process", "sessions_prefix"]
+
+MESSAGES = "etcd_lock_messages"
+"""The name of the command by which a worker says what it has of the messages of some task ids."""
 
 _WITHIN = 0.7
 """Seconds to wait for etcd: ``celery inspect`` itself waits for one."""
@@ -77,3 +84,56 @@ def _child(session: KeyValue) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         since = ""
     return {"pid": pid_of(session.key), "lease": f"{session.lease:x}", "since": since}
+
+
+def add_commands() -> None:
+    """Let this process, a worker's, answer ``celery inspect etcd_lock_messages ID…``. Safe to call twice."""
+    from celery.worker.control import inspect_command  # what only workers need
+
+    inspect_command(name=MESSAGES, variadic="ids", signature="[id1 [id2 [... [idN]]]]")(_messages)
+
+
+def _messages(state: Any, ids: Iterable[str] = (), **_: Any) -> dict[str, Any]:
+    """How long messages have waited for their locks, by task id."""
+    asked, found = set(ids or ()), dict[str, dict[str, Any]]()
+    for where, request in _requests(state.consumer.timer):
+        if request.id in asked:
+            said = _message(state.app, where, request)
+            # Of a message that has just been put back both the old and the new one may be there.
+            if request.id not in found or said["waits"]["times"] > found[request.id]["waits"]["times"]:
+                found[request.id] = said
+    return found
+
+
+def _requests(timer: Any) -> Iterator[tuple[str, Any]]:
+    """Of all messages that this worker has, each with its state.
+
+    Not Celery's own list by id, which ``query_task`` asks: from there a message that was put back and is here again
+    is dropped when the one that put it back ends.
+    """
+    from celery.worker import state as worker_state
+    from celery.worker.request import Request
+
+    active = set(worker_state.active_requests)
+    yield from (("active", request) for request in active)
+    yield from (("reserved", request) for request in set(worker_state.reserved_requests) - active)
+    for waiting in list(timer.schedule.queue):
+        first = (getattr(waiting.entry, "args", None) or (None,))[0]
+        if isinstance(first, Request):
+            yield "scheduled", first
+
+
+def _message(app: Celery, where: str, request: Any) -> dict[str, Any]:
+    from celery.app.task import Context
+
+    headers = request.request_dict
+    said: dict[str, Any] = {
+        "task": headers["task"],
+        "state": where,
+        "eta": request.eta.isoformat() if request.eta else None,
+        "waits": asdict(Waits.of(Context(headers))),
+    }
+    with suppress(Exception):  # it is no singleton task, or its arguments give no key
+        info, task = request.info(), app.tasks[headers["task"]]
+        said["lock"] = getattr(task, "lock_name")(info["args"], info["kwargs"])  # noqa: B009 - other tasks have none
+    return said

@@ -17,7 +17,7 @@ from celery import bootsteps, signals
 from celery_etcd_lock import events
 from celery_etcd_lock.beat.wrapped import is_ours, settings_for_beat, wrapped_scheduler
 from celery_etcd_lock.exceptions import ConfigError
-from celery_etcd_lock.inspection import locks_of_children, locks_of_process, sessions_prefix
+from celery_etcd_lock.inspection import add_commands, locks_of_children, locks_of_process, sessions_prefix
 from celery_etcd_lock.orphans import LOOK_EVERY, Orphans
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks import instance
@@ -129,6 +129,7 @@ def _processes(worker: Any) -> list[Any]:
 
 def _add_step(sender: Any = None, **_kwargs: Any) -> None:
     sender.app.steps["worker"].update({CheckSettings, Locks})
+    add_commands()
 
 
 # The step raises, not this receiver: signals swallow exceptions.

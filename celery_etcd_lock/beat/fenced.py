@@ -62,7 +62,6 @@ class Fenced(Scheduler):
 
     own_store = False
     _ledger: Ledger | None = None
-    _retired = False
     _publishing = False
 
     def begin(self, ledger: Ledger, outage: Outage, *, beat: str, scope: str, done_ttl: float) -> None:
@@ -84,8 +83,7 @@ class Fenced(Scheduler):
         self._tidy()
 
     def retire(self) -> None:
-        """The term is over: from here on nothing goes into the scheduler's own store, where others write now."""
-        self._retired = True
+        """The term is over. Nothing goes into the scheduler's own store any more: see `sync`."""
         with suppress(Exception):
             self.close()
 
@@ -118,7 +116,7 @@ class Fenced(Scheduler):
         return not self._publishing and bool(super().should_sync())
 
     def sync(self) -> None:
-        if not self._retired and (self._ledger is None or self._ledger.leads):
+        if self._ledger is None or self._ledger.leads:  # or another beat writes there now
             super().sync()
 
     def apply_async(self, entry: Entry, producer: Any = None, advance: bool = True, **kwargs: Any) -> Any:

@@ -1,20 +1,46 @@
-"""``celery etcd-lock``: what holds, what waits, and what to do about it."""
+"""``celery etcd-lock``: what holds, what waits, and what to do about it.
+
+`celery` imports this at every start, whatever it is asked to do. So a command is imported when it is called for: each
+is a module of its name here, with a command of that name in it.
+"""
 
 from __future__ import annotations
 
-import click
-from click_didyoumean import DYMGroup
+from importlib import import_module
+from typing import Any
 
-from celery_etcd_lock.cli.doctor import doctor
-from celery_etcd_lock.cli.history import history
+import click
+from celery.bin.base import handle_preload_options
+from click_didyoumean import DYMGroup
 
 __all__ = ["etcd_lock"]
 
+_COMMANDS = (
+    "ls",
+    "show",
+    "why",
+    "sessions",
+    "beat",
+    "history",
+    "doctor",
+)
 
-@click.group("etcd-lock", cls=DYMGroup)
-def etcd_lock() -> None:
-    """Locks on etcd."""
+
+class _Commands(DYMGroup):  # type: ignore[misc,unused-ignore]
+    """A command is imported when it is called for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        return command
 
 
-for command in (doctor, history):
-    etcd_lock.add_command(command)
+@click.group("etcd-lock", cls=_Commands)
+@click.pass_context
+@handle_preload_options
+def etcd_lock(ctx: click.Context, **_options: Any) -> None:
+    """Locks on etcd: who holds them, and who waits."""

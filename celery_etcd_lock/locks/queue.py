@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from operator import attrgetter
 from typing import Literal, TypeAlias
 
@@ -37,6 +38,7 @@ __all__ = [
     "Description",
     "Kind",
     "Mode",
+    "admitted",
     "blamed",
     "checked_name",
     "contender_key",
@@ -148,6 +150,30 @@ def keeping_out(mode: Mode, name: str, ahead: Iterable[KeyValue], task_id: str =
         if len(one_of_each) >= mode.limit:
             return tuple(one_of_each.values())[: mode.limit]
     return tuple(twin for twin in nearest if task_id and describe(twin).task_id == task_id)[:1]
+
+
+def admitted(name: str, contenders: Iterable[KeyValue], limit: int = 1) -> frozenset[int]:
+    """The create revisions of those who are in, `contenders` being all of the queue of `name`.
+
+    For somebody who looks on. `limit` is that of its slots, which do not say it themselves.
+    """
+    inside: set[int] = set()
+    ahead: list[KeyValue] = []
+    twins: dict[str, list[KeyValue]] = {}
+    for created, keys in groupby(sorted(contenders, key=_created), _created):
+        same = list(keys)
+        kind, task_id = kind_of(name, same[0].key), describe(same[0]).task_id
+        mode = Mode(kind, limit if kind == "slot" else 0)
+        if ahead and (kind == "write" or kind != kind_of(name, ahead[0].key)):
+            break  # it is kept out, and keeps out all that come after it
+        # Of readers behind none but readers only its twins matter: a queue of thousands is gone through once.
+        nearest = twins.get(task_id, []) if kind == "read" else ahead[-2 * limit :] + twins.get(task_id, [])
+        if not keeping_out(mode, name, nearest, task_id):
+            inside.add(created)
+        ahead += same
+        if task_id:
+            twins.setdefault(task_id, []).extend(same)
+    return frozenset(inside)
 
 
 def blamed(mode: Mode, name: str, found: Iterable[KeyValue], task_id: str = "") -> Description:

@@ -201,6 +201,19 @@ def test_what_cannot_be_published_passes_as_in_celery(new_bench: NewBench, caplo
     assert "Message Error" in caplog.text
 
 
+def test_a_mark_of_its_own_that_got_no_answer_and_came_late_is_heeded(new_bench: NewBench) -> None:
+    """It promises a slot under an id, and that is what is sent: found where the next mark is to be put."""
+    bench = new_bench({"entry": {"task": "plain", "schedule": 1.0}})
+    beat = bench.leading()
+    there = bench.record("entry")
+    due = datetime.now(timezone.utc).isoformat()
+    bench.write("entry", **{**there, "state": "sending", "due": due, "task_id": "late"})
+    (sent,) = bench.ticked(beat)
+    assert (sent.id, sent.due) == ("late", due)
+    assert bench.record("entry")["task_id"] == "late"
+    assert bench.record("entry")["total_run_count"] == 1
+
+
 def test_a_record_that_was_deleted_is_written_anew(new_bench: NewBench) -> None:
     bench = new_bench({"soon": SOON})
     beat = bench.leading()

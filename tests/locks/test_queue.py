@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from celery_etcd_lock.locks.queue import (
     EXCLUSIVE,
     SHARED,
     Mode,
+    admitted,
     blamed,
     keeping_out,
     kind_of,
@@ -449,3 +451,26 @@ def test_the_histories_see_a_broken_rule(
                 history.settle()
         finally:
             history.teardown()
+
+
+STANDING = st.lists(
+    st.tuples(st.sampled_from(["write/", "read/", "slot/", ""]), st.sampled_from("abc "), st.booleans())
+)
+
+
+@given(standing=STANDING, limit=st.integers(1, 3))
+def test_who_is_in_is_who_is_kept_out_by_nobody(standing: list[tuple[str, str, bool]], limit: int) -> None:
+    """For one who looks on at a whole queue: the rule of each contender, asked of each; siblings are one."""
+    queue: list[KeyValue] = []
+    for number, (kind, task_id, sibling) in enumerate(standing, 1):
+        said = value_of(host="h", pid=1, since="", nonce="n", extra={"task_id": task_id} if task_id.strip() else {})
+        names = (f"{number}", f"{number}-1")[: 1 + (sibling and bool(kind))]
+        queue.extend(KeyValue(f"{NAME}/{kind}{each}", said, number, number, 1) for each in names)
+    inside = set()
+    for kv in queue:
+        own = kind_of(NAME, kv.key)
+        mode = Mode(own, limit if own == "slot" else 0)
+        ahead = [each for each in queue if each.create_revision < kv.create_revision]
+        if not keeping_out(mode, NAME, ahead, json.loads(kv.value).get("task_id", "")):
+            inside.add(kv.create_revision)
+    assert admitted(NAME, reversed(queue), limit) == inside
