@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -15,6 +14,7 @@ from celery_etcd_lock.cli.findings import NOT_EXAMINED, Finding, lines, status_o
 from celery_etcd_lock.cli.growth import about_clocks, about_history, about_quota, about_watches, sample
 from celery_etcd_lock.cli.members import Member, about_members, about_versions, look_at_all
 from celery_etcd_lock.cli.probes import about_permissions, reading_key
+from celery_etcd_lock.cli.tables import printable, terminal_width
 from celery_etcd_lock.cli.understood import about_settings, understood
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.exceptions import EtcdLockError
@@ -61,11 +61,10 @@ _LONGEST_LOOK = 60
 def doctor(
     ctx: click.Context, seconds: float, timeout: float | None, quota: int | None, strict: bool, as_json: bool
 ) -> None:
-    """Is etcd there, and fit for locks?
+    """Whether etcd is fit for locks, and what to do.
 
-    Says what it has found, and what to do about it. Looks at the settings, at each endpoint, the versions, the time
-    that requests take, the permissions (by a key for each kind of ours, which is removed again), the history and what
-    compacts it, the room there is, and clocks.
+    It looks at the settings, at each endpoint, the versions, the time that requests take, the permissions (by a key for
+    each kind of ours, which is removed again), the history and what compacts it, the room there is, and clocks.
 
     Exit status: 0, nothing is wrong, though there may be warnings (--strict: not even those); 1, something is; 2, it
     could not be examined: the settings cannot be meant, no etcd answers, or it does not let us in.
@@ -83,10 +82,10 @@ def doctor(
     status = status_of(findings, examined=examined, strict=strict)
     if as_json:
         told = {"status": status, "settings": shown, "findings": [finding.to_json() for finding in findings]}
-        click.echo(json.dumps(told, indent=2))
+        ctx.obj.echo(json.dumps(told, indent=2))
     else:
         for line in _told(shown, findings, status):
-            click.echo(line)
+            ctx.obj.echo(printable(line))
     ctx.exit(status)
 
 
@@ -130,7 +129,7 @@ def _of_the_cluster(
 
 
 def _told(shown: dict[str, Any], findings: list[Finding], status: int) -> Iterator[str]:
-    width = max(60, shutil.get_terminal_size((80, 24)).columns)
+    width = max(60, terminal_width() or 80)
     for name, value in shown.items():
         if value is None:
             continue

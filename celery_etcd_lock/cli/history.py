@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 from celery.bin.base import CeleryCommand, CeleryOption
 
+from celery_etcd_lock.cli.connected import connected
 from celery_etcd_lock.cli.instants import Calendar, Dated, dated
 from celery_etcd_lock.cli.past import Reach, replay
+from celery_etcd_lock.cli.queues import limits_of
 from celery_etcd_lock.cli.story import Story, tell
 from celery_etcd_lock.cli.story_html import page
 from celery_etcd_lock.cli.story_text import Drawn, lines
+from celery_etcd_lock.cli.tables import terminal_width
 from celery_etcd_lock.cli.timeline import Scope, Timeline
 from celery_etcd_lock.etcd.api import Event, KeyValue, Transport
-from celery_etcd_lock.exceptions import ConfigError, EtcdLockError, PermissionDenied
+from celery_etcd_lock.exceptions import ConfigError, PermissionDenied
 from celery_etcd_lock.locks.queue import checked_name
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.conflict import nearest
@@ -88,7 +90,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
 def history(
     ctx: click.Context, lock: str, since: float, limit: int, look_back: int, as_json: bool, as_html: bool
 ) -> None:
-    """Who held which lock when and how long, and who waited for it.
+    """Who held which lock when, and who waited.
 
     Of all tasks, of one TASK, or of one LOCK by its name in etcd (with a leading /). It is read from the revisions
     that etcd still keeps, and nothing is written. etcd keeps them until it is compacted, and has no times. Who comes
@@ -96,28 +98,19 @@ def history(
     """
     if as_json and as_html:
         raise click.UsageError("--json and --html are two forms: write one", ctx)
-    app = ctx.obj.app
-    try:
-        app.loader.import_default_modules()
-    except Exception as error:  # noqa: BLE001 somebody's modules, whatever they raise
-        click.echo(f"the project's tasks cannot be imported ({error}): limits of slots are not known", err=True)
-    try:
-        settings = Settings.from_app(app)
-        scope = scope_of(app, settings, lock)
-        with closing(settings.connect()) as transport:
-            story = read(
-                transport,
-                scope,
-                since=since,
-                look_back=look_back,
-                limit=limit,
-                limit_of=lambda task: _limit_of(app, task),
-                timeout=settings.timeout,
-            )
-    except EtcdLockError as error:
-        raise click.ClickException(str(error)) from error
+    app, limits = ctx.obj.app, limits_of(ctx.obj.app)
+    with connected(ctx) as etcd:
+        story = read(
+            etcd.transport,
+            scope_of(app, etcd.settings, lock),
+            since=since,
+            look_back=look_back,
+            limit=limit,
+            limit_of=lambda task: limits(task) or None,
+            timeout=etcd.settings.timeout,
+        )
     for piece in _drawn(story, as_json=as_json, as_html=as_html):
-        click.echo(piece, nl=not as_html)
+        ctx.obj.echo(piece, nl=not as_html)
 
 
 def read(
@@ -184,6 +177,8 @@ def scope_of(app: Celery, settings: Settings, lock: str) -> Scope:
         return Scope(settings.namespace)
     if lock.startswith("/"):
         return Scope(settings.namespace, lock=checked_name(lock))
+    with suppress(Exception):  # what keeps the project's tasks from being imported is not said here
+        app.loader.import_default_modules()
     if lock not in app.tasks:
         known = [name for name in app.tasks if not name.startswith("celery.")]
         right = nearest(lock, known)
@@ -196,15 +191,9 @@ def scope_of(app: Celery, settings: Settings, lock: str) -> Scope:
     return Scope(settings.namespace, owner=lock_name(settings.namespace, lock, "-").split("/")[3])
 
 
-def _limit_of(app: Celery, task: str) -> int | None:
-    limit = getattr(app.tasks.get(task), "lock_limit", None)
-    return limit if isinstance(limit, int) else None
-
-
 def _drawn(story: Story, *, as_json: bool, as_html: bool) -> Iterator[str]:
     if as_json:
         return iter([json.dumps(story.to_json(), indent=2)])
     if as_html:
         return page(story)
-    width = shutil.get_terminal_size((80, 24)).columns
-    return lines(story, width=width, drawn=Drawn.of(getattr(sys.stdout, "encoding", None)))
+    return lines(story, width=terminal_width(), drawn=Drawn.of(getattr(sys.stdout, "encoding", None)))

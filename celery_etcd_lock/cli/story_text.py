@@ -9,6 +9,7 @@ from datetime import datetime
 
 from celery_etcd_lock.cli.instants import Instant
 from celery_etcd_lock.cli.story import Span, Story
+from celery_etcd_lock.cli.tables import printable
 from celery_etcd_lock.cli.timeline import task_and_key
 
 __all__ = ["Drawn", "clock", "duration", "lines", "moment", "notes", "spoken", "who", "window"]
@@ -48,9 +49,9 @@ def window(story: Story) -> tuple[float, float]:
     return start, max(story.now, start + 1.0)
 
 
-def lines(story: Story, *, width: int, drawn: Drawn) -> Iterator[str]:
-    """Line after line, none of them longer than `width`."""
-    width = max(_NARROWEST, width)
+def lines(story: Story, *, width: int | None, drawn: Drawn) -> Iterator[str]:
+    """Line after line, none of them longer than `width`. None: as for a terminal of 80, and nothing is cut off."""
+    cut, width = width and max(_NARROWEST, width), max(_NARROWEST, width or 80)
     bar = max(_LEAST_BAR, (width - 34) // 2)
     start, end = window(story)
     if story.spans:
@@ -59,7 +60,8 @@ def lines(story: Story, *, width: int, drawn: Drawn) -> Iterator[str]:
         yield f"  {'came':11} {axis[:bar]:{bar}} {'waited':>9} {'held':>9}  who"[:width].rstrip()
     for lock, spans in story.by_lock():
         yield ""
-        yield lock if len(lock) <= width else f"...{lock[3 - width :]}"
+        name = printable(lock)
+        yield name if cut is None or len(name) <= cut else f"...{name[3 - cut :]}"
         task, _ = task_and_key(story.scope, lock)
         for span in spans:
             came = moment(span.came, start, drawn)
@@ -69,7 +71,7 @@ def lines(story: Story, *, width: int, drawn: Drawn) -> Iterator[str]:
             if span.gone is None:
                 waited, held = (f"{waited}+", held) if held_for is None else (waited, f"{held}+")
             row = f"  {came:11} {_bar(span, start, end, bar, drawn)} {waited:>9} {held:>9}  {who(span, task)}"
-            yield row[:width].rstrip()
+            yield printable(row)[:cut].rstrip()
     if story.spans:
         yield ""
         yield f"{drawn.waited} in line   {drawn.held} had it   {drawn.perhaps} one of the two   {drawn.about} about"

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def metadata(folder: Path) -> Path:
     return folder
 
 
-def app_with(endpoints: str, **settings: Any) -> Celery:
+def app_with(endpoints: str | Sequence[str], **settings: Any) -> Celery:
     """An app without tasks. `settings`: without their ``etcd_lock_``."""
     app = Celery("proj", broker="memory://", set_as_current=False)
     app.conf.update({f"etcd_lock_{name}": value for name, value in {"endpoints": endpoints, **settings}.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +18,8 @@ from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Put, Range, Status, Txn
 from celery_etcd_lock.locks import Mutex, Session
 from celery_etcd_lock.testing import EtcdCluster, EtcdServer
-from tests.cli.running import Said, app_with, compact, run
+from tests.cli.compacting import compact
+from tests.cli.installed import Said, app_with, here
 from tests.locks.test_doors import PASSWORD, USER, etcdctl, guard
 from tests.quota import fill, small_etcd
 from tests.servers import skip_or_fail
@@ -28,12 +30,12 @@ QUICK = ("--sample", "0.2")
 
 def examine(endpoints: Any, *arguments: str, **settings: Any) -> Said:
     """As JSON; a test of the text asks for that."""
-    return run(app_with(endpoints, **settings), "doctor", *QUICK, "--json", *arguments)
+    return here(app_with(endpoints, **settings), "doctor", *QUICK, "--json", *arguments)
 
 
 def found(said: Said, level: str) -> dict[str, dict[str, str]]:
     """The findings of a level, by what they are about."""
-    return {each["about"]: each for each in said.json["findings"] if each["level"] == level}
+    return {each["about"]: each for each in json.loads(said.out)["findings"] if each["level"] == level}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_nothing_is_wrong_with_a_healthy_one(etcd: EtcdServer, transport: str) -
         pytest.importorskip("grpc")
     before = keys(etcd)
     said = examine(etcd.url, transport=transport)
-    assert (said.status, said.json["status"]) == (0, 0)
+    assert (said.status, json.loads(said.out)["status"]) == (0, 0)
     assert not found(said, "wrong")
     assert not found(said, "unknown")
     fine = found(said, "ok")
@@ -83,13 +85,13 @@ def test_nothing_is_wrong_with_a_healthy_one(etcd: EtcdServer, transport: str) -
 
 
 def test_it_is_readable_and_hides_the_password(guarded: EtcdServer) -> None:
-    said = run(app_with(guarded.url, username=USER, password=PASSWORD), "doctor", *QUICK)
+    said = here(app_with(guarded.url, username=USER, password=PASSWORD), "doctor", *QUICK)
     assert said.status == 0
-    assert all(len(line) <= 80 for line in said.text.splitlines())
-    assert "Nothing wrong" in said.text
-    assert PASSWORD not in said.text
-    assert 'etcd_lock_password = "********"' in said.text
-    assert PASSWORD not in examine(guarded.url, username=USER, password=PASSWORD).text
+    assert all(len(line) <= 80 for line in said.out.splitlines())
+    assert "Nothing wrong" in said.out
+    assert PASSWORD not in said.out
+    assert 'etcd_lock_password = "********"' in said.out
+    assert PASSWORD not in examine(guarded.url, username=USER, password=PASSWORD).out
 
 
 def test_a_dead_member_is_named_and_the_others_are_examined(cluster: EtcdCluster) -> None:
@@ -167,7 +169,9 @@ def test_a_history_takes_no_more_than_reading_locks(guarded: EtcdServer) -> None
     """Though it tells times less well, when sessions are not to be read."""
     with Session.open(guarded.url, username=USER, password=PASSWORD) as session:
         Mutex(session, "/celery/locks/t/k").acquire().release()
-    (lock,) = run(app_with(guarded.url, username="half", password=PASSWORD), "history", "--json").json["locks"]
+    (lock,) = json.loads(here(app_with(guarded.url, username="half", password=PASSWORD), "history", "--json").out)[
+        "locks"
+    ]
     assert lock["key"] == "k"
 
 
@@ -192,16 +196,16 @@ def test_a_client_that_cannot_be_made_is_told() -> None:
 
     app = Celery("proj", broker="memory://", set_as_current=False)
     app.conf.etcd_lock_client = client
-    said = run(app, "doctor", *QUICK, "--json")
+    said = here(app, "doctor", *QUICK, "--json")
     assert said.status == 2
-    assert "client" in said.json["settings"]["etcd_lock_client"]
+    assert "client" in json.loads(said.out)["settings"]["etcd_lock_client"]
     assert found(said, "wrong")
 
 
 def test_settings_that_cannot_be_meant() -> None:
-    said = run(app_with("http://127.0.0.1:1", tll=3), "doctor")
+    said = here(app_with("http://127.0.0.1:1", tll=3), "doctor")
     assert said.status == 2
-    assert "did you mean etcd_lock_ttl?" in said.text.replace("\n        ", "")
+    assert "did you mean etcd_lock_ttl?" in said.out.replace("\n        ", "")
 
 
 def test_room_that_gets_short_and_is_used_up() -> None:
@@ -229,7 +233,7 @@ def test_clocks_of_those_who_put_something(etcd: EtcdServer) -> None:
     with closing(connect(etcd.url)) as transport:
         transport.txn(Txn([], [Put(key, f'{{"host": "fast", "since": "{future}"}}'.encode())]))
         said = examine(etcd.url, namespace="clocks")
-    assert "fast's clock is about 3600 s ahead" in found(said, "warning")["clocks"]["what"] or "3599" in said.text
+    assert "fast's clock is about 3600 s ahead" in found(said, "warning")["clocks"]["what"] or "3599" in said.out
 
 
 # -- what figures mean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import itertools
+import json
 import re
 import threading
 import time
@@ -16,8 +17,9 @@ import pytest
 from celery import Celery
 
 from celery_etcd_lock.cli import past
-from celery_etcd_lock.cli.history import Told
+from celery_etcd_lock.cli.history import Told, read
 from celery_etcd_lock.cli.instants import unix
+from celery_etcd_lock.cli.story_text import Drawn, lines
 from celery_etcd_lock.cli.timeline import Scope
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn, Watch
@@ -25,8 +27,10 @@ from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport, MemoryWatc
 from celery_etcd_lock.locks import Mutex, RWLock, Session
 from celery_etcd_lock.locks.acquire import acquire
 from celery_etcd_lock.locks.queue import slot_of
+from celery_etcd_lock.tasks.task import SingletonTask
 from celery_etcd_lock.testing import EtcdServer, memory_locks
-from tests.cli.running import app_with, compact, run
+from tests.cli.compacting import compact
+from tests.cli.installed import app_with, here
 
 Opens = Callable[[], Session]
 SLACK = 1.0
@@ -45,7 +49,7 @@ def app(etcd: EtcdServer, namespace: str) -> Celery:
     @app.task(name="proj.sync")
     def sync() -> None: ...
 
-    @app.task(name="proj.gpu", lock_limit=2)
+    @app.task(name="proj.gpu", base=SingletonTask, lock_limit=2)
     def gpu() -> None: ...
 
     return app
@@ -88,7 +92,7 @@ def test_it_tells_what_the_holders_and_waiters_know_themselves(
     for thread in threads:
         thread.join(30)
     before = revision(etcd)
-    said = run(app, "history", "proj.sync", "--json").json
+    said = json.loads(here(app, "history", "proj.sync", "--json").out)
     assert revision(etcd) == before
     (lock,) = said["locks"]
     assert (lock["lock"], lock["task"], lock["key"]) == (name, "proj.sync", "account_id=42")
@@ -121,7 +125,7 @@ def test_who_holds_and_waits_now(app: Celery, opens: Opens, namespace: str) -> N
         with closing(connect(app.conf.etcd_lock_endpoints)) as transport:
             while transport.range(Range(f"{name}/", f"{name}0")).count < 3:
                 time.sleep(0.01)
-        contenders = run(app, "history", "--json").json["locks"][0]["contenders"]
+        contenders = json.loads(here(app, "history", "--json").out)["locks"][0]["contenders"]
         assert [bool(each["held_from"]) for each in contenders] == [True, True, False]
         assert [each["gone"] for each in contenders] == [None] * 3
         assert [each["held_seconds"] is None for each in contenders] == [False, False, True]
@@ -132,29 +136,28 @@ def test_a_session_that_ends_takes_its_locks_along(app: Celery, opens: Opens, na
     session = opens()
     RWLock(session, f"/{namespace}/locks/proj.sync/a").read().acquire()
     session.close()
-    (contender,) = run(app, "history", "--json").json["locks"][0]["contenders"]
+    (contender,) = json.loads(here(app, "history", "--json").out)["locks"][0]["contenders"]
     assert contender["with_its_session"]
     assert contender["kind"] == "read"
 
 
 def test_it_is_drawn_in_80_columns_and_in_ascii(app: Celery, opens: Opens, namespace: str) -> None:
-    """What is cut is cut at the end; and a pipe that knows no other characters gets none."""
-    session = opens()
+    """A pipe gets all of it, a terminal what fits; one that knows no other characters gets none."""
+    session, task_id = opens(), uuid.uuid4().hex
     long = f"/{namespace}/locks/proj.sync/" + "k" * 100
-    with acquire(session, long, describe={"task": "proj.sync", "task_id": uuid.uuid4().hex}):
-        text = run(app, "history").text
-    assert all(len(line) <= 80 for line in text.splitlines())
-    assert re.search(r"came +\d.*\d +waited +held  who\n", text)
-    assert "█" in text
-    assert f"{session.host}:{session.pid}"[:10] in text
-    from celery_etcd_lock.cli.story_text import Drawn
-
-    assert "".join(vars_of(Drawn.of("ascii"))).isascii()
+    with acquire(session, long, describe={"task": "\x1b[2Jnasty" * 5, "task_id": task_id}):
+        out = here(app, "history").out
+        story = read(session.transport, Scope(namespace), since=3600, look_back=1000, limit=10,
+                     limit_of=lambda _: None, timeout=5)  # fmt: skip
+    assert long in out.splitlines()
+    assert f"{session.host}:{session.pid}" in out
+    assert f"[{task_id[:8]}]" in out
+    assert "\x1b" not in out
+    drawn = list(lines(story, width=80, drawn=Drawn.of("ascii")))
+    assert all(len(line) <= 80 and line.isascii() for line in drawn)
+    assert re.fullmatch(r"  came +\d.*\d +waited +held  who", drawn[0])
+    assert "#" in drawn[3]
     assert Drawn.of("utf-8") != Drawn.of("ascii") == Drawn.of(None)
-
-
-def vars_of(drawn: Any) -> list[str]:
-    return [getattr(drawn, name) for name in drawn.__slots__]
 
 
 def test_the_page_loads_nothing_and_believes_nothing(app: Celery, opens: Opens, namespace: str) -> None:
@@ -162,7 +165,7 @@ def test_the_page_loads_nothing_and_believes_nothing(app: Celery, opens: Opens, 
     session = opens()
     nasty = '<script>alert("x")</script>'
     with acquire(session, f"/{namespace}/locks/proj.sync/a", describe={"task": nasty, "task_id": "'\"&<"}):
-        page = run(app, "history", "--html").text
+        page = here(app, "history", "--html").out
     assert "alert" in page
     tags: set[str] = set()
 
@@ -188,12 +191,12 @@ def test_after_a_compaction_it_says_where_it_begins(
             transport.txn(Txn([], [Put(f"/{namespace}/x", b"")]))
         compacted = revision(etcd)
         compact(etcd, compacted)
-        said = run(app, "history", "--json").json
+        said = json.loads(here(app, "history", "--json").out)
         (contender,) = said["locks"][0]["contenders"]
         assert (said["from"]["revision"], said["from"]["why"]) == (compacted, "compacted")
         assert contender["held_from"]["or_before"]
         assert contender["came"]["revision"] < compacted
-        assert f"etcd keeps history since revision {compacted}" in run(app, "history").text
+        assert f"etcd keeps history since revision {compacted}" in here(app, "history").out
 
 
 def test_thousands_of_revisions_are_read_and_no_more_than_asked(etcd: EtcdServer, app: Celery, namespace: str) -> None:
@@ -204,14 +207,14 @@ def test_thousands_of_revisions_are_read_and_no_more_than_asked(etcd: EtcdServer
             transport.txn(Txn([], [Put(key, b'{"host": "h", "pid": 1, "since": "2026-01-01T00:00:00Z"}')]))
             transport.delete(Delete(key))
     began = time.monotonic()
-    said = run(app, "history", "--json", "--since", "520w", "--limit", "100000").json
+    said = json.loads(here(app, "history", "--json", "--since", "520w", "--limit", "100000").out)
     assert time.monotonic() - began < 15
     assert said["complete"]
     assert len(said["locks"][0]["contenders"]) == 600
-    fewer = run(app, "history", "--json", "--since", "520w", "--limit", "100000", "--look-back", "100").json
+    fewer = json.loads(here(app, "history", "--json", "--since", "520w", "--limit", "100000", "--look-back", "100").out)
     assert len(fewer["locks"][0]["contenders"]) == 50
     assert fewer["from"]["why"] == "asked"
-    limited = run(app, "history", "--json", "--since", "520w", "--limit", "7").json
+    limited = json.loads(here(app, "history", "--json", "--since", "520w", "--limit", "7").out)
     assert (len(limited["locks"][0]["contenders"]), limited["left_out"]) == (7, 593)
 
 
@@ -220,16 +223,16 @@ def test_it_ends_where_nothing_has_happened(etcd: EtcdServer, app: Celery) -> No
     with closing(connect(etcd.url)) as transport:
         transport.txn(Txn([], [Put("/somebody/elses", b"")]))
     began = time.monotonic()
-    said = run(app, "history")
+    said = here(app, "history")
     assert time.monotonic() - began < 10
     assert said.status == 0
-    assert "Nobody was in line" in said.text
+    assert "Nobody was in line" in said.out
 
 
 def test_one_lock_that_is_no_task_of_this_project(app: Celery, opens: Opens) -> None:
     name = f"/maintenance-{uuid.uuid4().hex}"
     Mutex(opens(), name).acquire().release()
-    (lock,) = run(app, "history", name, "--json").json["locks"]
+    (lock,) = json.loads(here(app, "history", name, "--json").out)["locks"]
     assert (lock["lock"], lock["task"]) == (name, "")
     assert lock["contenders"][0]["gone"]
 
@@ -237,7 +240,7 @@ def test_one_lock_that_is_no_task_of_this_project(app: Celery, opens: Opens) -> 
 def test_in_memory() -> None:
     with memory_locks() as store, closing(Session(MemoryTransport(store))) as session:
         Mutex(session, "/celery/locks/t/k").acquire().release()
-        (lock,) = run(app_with("memory://"), "history", "--json").json["locks"]
+        (lock,) = json.loads(here(app_with("memory://"), "history", "--json").out)["locks"]
         assert (lock["key"], bool(lock["contenders"][0]["gone"])) == ("k", True)
 
 
@@ -303,13 +306,13 @@ def test_the_oldest_revision_is_found_by_halves(compacted: int) -> None:
     ],
 )
 def test_what_cannot_be_meant(app: Celery, arguments: list[str], said: str) -> None:
-    done = run(app, "history", *arguments)
+    done = here(app, "history", *arguments)
     assert done.status in {1, 2}
-    assert said in done.text
+    assert said in done.err
 
 
 def test_no_etcd_is_one_line(namespace: str) -> None:
-    done = run(app_with("http://127.0.0.1:1", namespace=namespace), "history")
+    done = here(app_with("http://127.0.0.1:1", namespace=namespace), "history")
     assert done.status == 1
-    assert done.text.startswith("Error: no etcd there")
-    assert len(done.text.splitlines()) == 1
+    assert done.err.startswith("Error: no etcd there")
+    assert len(done.err.splitlines()) == 1
