@@ -55,13 +55,25 @@ def alone(self: Any, entry: str) -> None:
     note(self, entry)
 
 
+@singleton_task(app=app, bind=True, name="late", acks_late=True)
+def late(self: Any, entry: str) -> None:
+    """One whose message is acknowledged at its end."""
+    note(self, entry)
+
+
+@singleton_task(app=app, bind=True, name="queued", unique_queued="until_end")
+def queued(self: Any, entry: str) -> None:
+    """One of which one message is in the queue."""
+    note(self, entry)
+
+
 def kill(body: Any = None, **_: Any) -> None:
-    """Of the first beat that comes here with a message of the entry in ``KILL_ENTRY``."""
+    """Of the first beat that comes here with a message of the entry in ``KILL_ENTRY``; by the signal ``KILL_BY``."""
     if tuple(body[0]) == (os.environ["KILL_ENTRY"],):
         flag = Path(os.environ["RECORD"] + ".killed")
         if not flag.exists():
             flag.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(os.environ.get("KILL_BY", signal.SIGKILL)))
 
 
 if "KILL_AT" in os.environ:
