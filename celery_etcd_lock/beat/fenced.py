@@ -157,7 +157,7 @@ class Fenced(Scheduler):
         if not self._ledger.leads:  # the answer was long under way
             return self._fence(entry, reserved, "this beat may not lead any more")
         try:
-            result = self._publish(entry, slot, producer, options)
+            result = self._publish(entry, slot, producer, options, again=again)
         except Exception as error:
             if _is_permanent(error):
                 self._write_down(entry, reserved, replace(sending, state="failed"))
@@ -208,10 +208,10 @@ class Fenced(Scheduler):
             due = max(now, before.due + timedelta(microseconds=1))
         return slot_of(self._scope, entry.name, due), False
 
-    def _publish(self, entry: Entry, slot: Slot, producer: Any, kwargs: dict[str, Any]) -> Any:
+    def _publish(self, entry: Entry, slot: Slot, producer: Any, kwargs: dict[str, Any], *, again: bool) -> Any:
         task = self.app.tasks.get(entry.task)
         singleton = task is None or isinstance(task, SingletonTask)
-        options = options_for(entry.options, slot, beat=self._beat, entry=entry.name, singleton=singleton)
+        options = options_for(entry.options, slot, beat=self._beat, entry=entry.name, singleton=singleton, again=again)
         self._publishing = True  # no sync now: the entry has moved on already, and may have to go back
         try:
             return super().apply_async(copy_with(entry, options), producer=producer, advance=False, **kwargs)

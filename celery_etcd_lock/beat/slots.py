@@ -95,8 +95,10 @@ def _latest(frozen: Any, due: datetime, now: datetime) -> datetime:
     return due
 
 
-def options_for(options: Mapping[str, Any], slot: Slot, *, beat: str, entry: str, singleton: bool) -> dict[str, Any]:
-    """The options with which `entry`, whose own are `options`, is published for `slot`.
+def options_for(
+    options: Mapping[str, Any], slot: Slot, *, beat: str, entry: str, singleton: bool, again: bool
+) -> dict[str, Any]:
+    """The options with which `entry`, whose own are `options`, is published for `slot`; `again`: perhaps not first.
 
     A task id that the entry itself has stays. The message of a `singleton` says that there may be copies of it, so that
     of two with this id one runs.
@@ -106,6 +108,6 @@ def options_for(options: Mapping[str, Any], slot: Slot, *, beat: str, entry: str
     task_id = options.get("task_id") or slot.task_id
     if singleton:
         own = headers.get(HEADER)
-        said = published_as(task_id, f"{slot.due.timestamp():.6f}", time.time())
+        said = published_as(task_id, f"{slot.due.timestamp():.6f}", time.time(), repeated=again)
         headers[HEADER] = {**(own if isinstance(own, Mapping) else {}), **said}
     return {**options, "task_id": task_id, "headers": headers}

@@ -5,7 +5,8 @@
   of one task that retries itself. A header that speaks of another task's id (somebody handed their own headers on) is
   none.
 * ``count``, ``seconds``, ``at``, ``outages``: what the message has waited, and ``times`` how often it was put back
-  for whatever reason: see `Waits`; ``again``: there may be copies of it that are as far as it is.
+  for whatever reason: see `Waits`; ``again``: there may be copies of it that are as far as it is; ``repeated``: it is
+  published a second time, or more often, by somebody who cannot know whether it was before.
 * ``queued``: when it was published a mark said that it is queued (see `queued`).
 * options for this call, by their names: ``{"on_conflict": "skip"}``.
 
@@ -35,6 +36,7 @@ __all__ = [
     "flagged_queued",
     "forget_waits",
     "is_queued",
+    "is_repeated",
     "keep_to_itself",
     "nonce_of",
     "options_in",
@@ -46,7 +48,9 @@ __all__ = [
 ]
 
 HEADER = "etcd_lock"
-_NOT_OPTIONS = frozenset({"of", "nonce", "sent", "count", "seconds", "at", "outages", "times", "again", "queued"})
+_NOT_OPTIONS = frozenset({
+    "of", "nonce", "sent", "count", "seconds", "at", "outages", "times", "again", "queued", "repeated",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +108,13 @@ def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[
     return {**(headers or {}), HEADER: {**header, **options}}
 
 
-def published_as(task_id: str, nonce: str, now: float) -> dict[str, Any]:
-    """Our header for a message that may be published more than once: each is a copy of the publication `nonce`."""
-    return {"of": task_id, "nonce": nonce, "sent": round(now, 3), "again": True}
+def published_as(task_id: str, nonce: str, now: float, *, repeated: bool = False) -> dict[str, Any]:
+    """Our header for a message that may be published more than once: each is a copy of the publication `nonce`.
+
+    `repeated`: this is not the first.
+    """
+    header: dict[str, Any] = {"of": task_id, "nonce": nonce, "sent": round(now, 3), "again": True}
+    return {**header, "repeated": True} if repeated else header
 
 
 def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any]:
@@ -141,6 +149,11 @@ def flagged_queued(headers: Mapping[str, Any]) -> dict[str, Any]:
 def is_queued(request: Context) -> bool:
     """Whether there was a mark that said so."""
     return bool(_header_of(request).get("queued"))
+
+
+def is_repeated(headers: Mapping[str, Any]) -> bool:
+    """Whether these, `addressed` ones, are of a message that may be in its queue already, or have run."""
+    return bool(headers[HEADER].get("repeated"))
 
 
 def was_put_back(headers: Mapping[str, Any]) -> bool:
@@ -180,7 +193,7 @@ def forget_waits(request: Context) -> None:
     """It has the lock: what it waited for that is not to count when the body sends its task again."""
     headers = request.headers or {}
     if HEADER in headers:
-        forgotten = {each.name for each in fields(Waits)} - {"times"} | {"again"}
+        forgotten = {each.name for each in fields(Waits)} - {"times"} | {"again", "repeated"}
         mine = {key: value for key, value in _header_of(request).items() if key not in forgotten}
         request.headers = {**headers, HEADER: mine}
 

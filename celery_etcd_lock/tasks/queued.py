@@ -17,6 +17,9 @@ waits: so its lease is revoked as soon as etcd answers, and with it whatever han
 A mark only ever keeps a publisher from publishing. No run depends on it: one that has lapsed, or could not be put,
 means a message more. And etcd may take `PATIENCE` of a publisher's time, no more, whatever state it is in.
 
+A message that is published once more under its id, by a beat that cannot know whether it was before, makes no mark:
+its copy may have run. Then it is dropped, and what its mark kept from being published would be done by nobody.
+
 Not marked, and let through: what somebody may be waiting for under an id that was given out before, and what Celery
 publishes by itself: members of chains, groups and chords, callbacks, a signature that was frozen, `Task.replace`, the
 task's own retry, a message that was put back. ``send_task`` by name never comes here.
@@ -28,7 +31,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from celery.utils.time import maybe_make_aware
 
@@ -43,7 +46,7 @@ from celery_etcd_lock.exceptions import (
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.errands import Errands
 from celery_etcd_lock.tasks.marks import Mark, task_id_in
-from celery_etcd_lock.tasks.message import HEADER, flagged_queued, was_put_back
+from celery_etcd_lock.tasks.message import HEADER, flagged_queued, is_repeated, was_put_back
 from celery_etcd_lock.tasks.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
     from celery_etcd_lock.tasks.task import SingletonTask
 
 __all__ = ["PATIENCE", "applies", "long_ttl", "send"]
+
+R = TypeVar("R")
 
 logger = logging.getLogger("celery_etcd_lock")
 
@@ -110,7 +115,8 @@ def send(
         if not observes:
             raise
         return publish(args, kwargs, task_id=task_id, **options)
-    publication = _Publication(task, Mark.queued(lock, task.name, task_id))
+    mark = Mark.queued(lock, task.name, task_id)
+    publication = _Publication(task, mark, repeated=is_repeated(options["headers"]))
     existing = publication.claim()
     if existing:
         what = "etcd_lock.observed: %s[%s] is published; with etcd_lock_enabled=True it would not be: %s is queued"
@@ -185,10 +191,11 @@ class _Patience:
 class _Publication:
     """The mark of one message on its way into the queue."""
 
-    def __init__(self, task: SingletonTask, mark: Mark) -> None:
+    def __init__(self, task: SingletonTask, mark: Mark, *, repeated: bool) -> None:
         self._app = task.app
         self._runtime = Runtime.of(task.app)
         self._mark = mark
+        self._repeated = repeated
         self._patience = _Patience(PATIENCE)
         self._lease = 0
         """What the mark hangs on."""
@@ -201,6 +208,8 @@ class _Publication:
 
     def claim(self) -> str:
         """The id of the message that is queued already; ``""`` if there is none, or nobody knows."""
+        if self._repeated:
+            return self._look()
         reply = self._ask(self._claim)
         if reply is None:
             self.claimed = self._doubtful
@@ -216,6 +225,14 @@ class _Publication:
             self._lease = found.lease
             return ""
         return task_id_in(found.value)
+
+    def _look(self) -> str:
+        reply = self._ask(lambda transport: transport.range(Range(self._mark.key), timeout=self._patience.left()))
+        if reply is None or not reply.kvs:
+            return ""
+        (found,) = reply.kvs
+        self.claimed = found.value == self._mark.value
+        return "" if self.claimed else task_id_in(found.value)
 
     def _claim(self, transport: Transport) -> TxnReply:
         return self._runtime.leases.put(
@@ -233,7 +250,7 @@ class _Publication:
 
     def confirm(self, ttl: float) -> None:
         """It is published: let the mark stand for `ttl` seconds."""
-        if self.claimed and not self._doubtful:
+        if self.claimed and not (self._doubtful or self._repeated):
             on_that_lease = Compare(self._mark.key, "lease", "==", self._lease)
             condition = [self._mark.is_ours(), on_that_lease]
             self._ask(
@@ -260,7 +277,7 @@ class _Publication:
             self._runtime.leases.forget(lease)
             Errands.of(self._app).later(lambda transport: transport.lease_revoke(lease))
 
-    def _ask(self, request: Callable[[Transport], TxnReply]) -> TxnReply | None:
+    def _ask(self, request: Callable[[Transport], R]) -> R | None:
         """What etcd answers, if it does; else None, and others are spared."""
         respite = self._runtime.respite
         if not respite.may_try():

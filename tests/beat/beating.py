@@ -58,6 +58,18 @@ def alone(self: Any, entry: str) -> None:
     note(entry, self.request.id, self.request.headers)
 
 
+@singleton_task(app=app, bind=True, name="late", acks_late=True)
+def late(self: Any, entry: str) -> None:
+    """One whose message is acknowledged at its end."""
+    note(entry, self.request.id, self.request.headers)
+
+
+@singleton_task(app=app, bind=True, name="queued", unique_queued="until_end")
+def queued(self: Any, entry: str) -> None:
+    """One of which one message is in the queue."""
+    note(entry, self.request.id, self.request.headers)
+
+
 def strike(at: str, body: Any, headers: Any) -> None:
     """Do to itself what `Beats.strike` has asked of the first beat that comes here, if any."""
     asked_for = Path(os.environ["RECORD"] + ".strike")
