@@ -29,8 +29,8 @@ def beats(etcd: EtcdServer) -> Iterator[str]:
             value = value_of(host=f"host-{number}", pid=40 + number, since=NOW.isoformat(), nonce="n")
             transport.txn(Txn([], [Put(f"{leader_name('beats', 'default')}/write/{lease:x}", value, lease)]))
         entries = entry_prefix("beats", "default")
-        slot = Slot(NOW - timedelta(minutes=1), "the-task-id")
-        sent = Record(NOW - timedelta(minutes=1), 7, "sent", slot)
+        slot = Slot(NOW - timedelta(days=3), "the-task-id")
+        sent = Record(NOW - timedelta(days=3), 7, "sent", slot)
         for entry, record in {"daily/report ü": sent, "hourly": Record(NOW - timedelta(hours=1), 0)}.items():
             transport.txn(Txn([], [Put(entry_key(entries, entry), record.to_json())]))
         transport.txn(Txn([], [Put(entry_key(entry_prefix("beats", "eu"), "nightly"), b"no record")]))
@@ -51,7 +51,7 @@ def test_who_leads_and_what_was_sent(beats: str, etcd: EtcdServer) -> None:
     ]
     (sent,) = [line for line in lines if line[:1] == ["daily/report"]]
     assert sent[-3:] == ["sent", "7", "the-task-id"]
-    assert sent[2].startswith("1m")
+    assert sent[2].startswith("3d")
     (never,) = [line for line in lines if line[:1] == ["hourly"]]
     assert never[2:] == ["-", "-", "0", "-"]
     assert "no beat of this name runs: nothing is sent" in said.out, "of the other name"
