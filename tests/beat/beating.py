@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from celery import Celery, signals
 from celery.schedules import crontab
 
 from celery_etcd_lock import singleton_task
+from tests.beat.broken import BREAKS
 
 app = Celery("beating", broker=os.environ["BROKER_URL"])
 app.conf.update(
@@ -34,11 +36,13 @@ app.conf.update(
 
 
 def note(self: Any, entry: str) -> None:
-    tick = (self.request.headers or {}).get("etcd_lock_beat") or {}
-    line = {"entry": entry, "id": self.request.id, "at": time.time(), "due": tick.get("due", "")}
+    headers = self.request.headers or {}
+    tick = headers.get("etcd_lock_beat") or {}
+    pid, sent = headers.get("stamp") or (0, 0.0)
+    line = {"entry": entry, "id": self.request.id, "at": time.time(), "due": tick.get("due", ""), "pid": pid}
     handle = os.open(os.environ["RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
-        os.write(handle, json.dumps(line).encode() + b"\n")
+        os.write(handle, json.dumps({**line, "sent": sent}).encode() + b"\n")
     finally:
         os.close(handle)
 
@@ -55,14 +59,35 @@ def alone(self: Any, entry: str) -> None:
     note(self, entry)
 
 
-def kill(body: Any = None, **_: Any) -> None:
-    """Of the first beat that comes here with a message of the entry in ``KILL_ENTRY``."""
-    if tuple(body[0]) == (os.environ["KILL_ENTRY"],):
-        flag = Path(os.environ["RECORD"] + ".killed")
-        if not flag.exists():
-            flag.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+def strike(at: str, body: Any, headers: Any) -> None:
+    """Do to itself what `Beats.strike` has asked of the first beat that comes here, if any."""
+    asked_for = Path(os.environ["RECORD"] + ".strike")
+    if not asked_for.exists():
+        return
+    asked = json.loads(asked_for.read_text())
+    (entry,) = body[0]
+    if asked["at"] != at or asked["entry"] not in {"", entry}:
+        return
+    taken = asked_for.with_suffix(f".{os.getpid()}")
+    with suppress(FileNotFoundError):
+        asked_for.rename(taken)  # by one of them alone
+        done = {"pid": os.getpid(), "when": time.time(), "entry": entry, "id": headers["id"]}
+        taken.write_text(json.dumps(done))
+        taken.rename(os.environ["RECORD"] + ".struck")
+        os.kill(os.getpid(), asked["signal"])
 
 
-if "KILL_AT" in os.environ:
-    getattr(signals, os.environ["KILL_AT"]).connect(kill)
+def before(body: Any = None, headers: Any = None, **_: Any) -> None:
+    headers["stamp"] = [os.getpid(), time.time()]
+    strike("before publish", body, headers)
+
+
+def after(body: Any = None, headers: Any = None, **_: Any) -> None:
+    strike("after publish", body, headers)
+
+
+if "beat" in sys.argv:
+    signals.before_task_publish.connect(before)
+    signals.after_task_publish.connect(after)
+if os.environ.get("BROKEN"):
+    BREAKS[os.environ["BROKEN"]]()

@@ -21,7 +21,7 @@ from celery_etcd_lock.exceptions import EtcdLockError
 from tests.beat.checker import Receipt
 from tests.workers import until
 
-__all__ = ["Beat", "Beats"]
+__all__ = ["Beat", "Beats", "Struck"]
 
 _HERE = Path(__file__).parent
 
@@ -39,6 +39,7 @@ class Beat:
         self.start()
 
     def start(self) -> None:
+        self._said_before = len(self.output) if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command, env=self._environment, cwd=self._folder, stdout=log, stderr=subprocess.STDOUT,
@@ -58,6 +59,13 @@ class Beat:
         until(lambda: what in self.output or self.process.poll() is not None, f"{self.name}: {what!r}", seconds=seconds)
         assert what in self.output, self.output
 
+    def await_start(self) -> None:
+        """Wait until this start of it, not one before, has come so far that a signal finds Celery's handlers."""
+        until(
+            lambda: "beat: Starting..." in self.output[self._said_before :] or self.process.poll() is not None,
+            f"{self.name}: its start",
+        )
+
     def stop(self) -> int:
         """SIGTERM, and wait for the end."""
         self.process.terminate()
@@ -76,6 +84,18 @@ class Beat:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait(60)
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A beat that has sent itself a signal in the middle of a tick."""
+
+    pid: int
+    when: float
+    """Unix time."""
+    entry: str
+    id: str
+    """Of the task that it was about to send, or had sent."""
 
 
 @dataclass
@@ -136,6 +156,27 @@ class Beats:
         worker = self._begin("worker", *quiet, *(arguments or ("-P", "threads", "-c", "4")))
         worker.says(" ready.")
         return worker
+
+    def strike(self, at: str, number: signal.Signals, entry: str = "") -> None:
+        """Have the next beat that comes there (``before publish``, ``after publish``; of `entry`, if it is given) send
+        that signal to itself: in the middle of a tick, between fence and confirmation."""
+        self._forget_strike()
+        ready = self.record.with_suffix(".ready")
+        ready.write_text(json.dumps({"at": at, "signal": int(number), "entry": entry}))
+        ready.rename(f"{self.record}.strike")
+
+    def struck(self) -> Struck | None:
+        """What came of `strike`; None: nothing so far."""
+        file = Path(f"{self.record}.struck")
+        return Struck(**json.loads(file.read_text())) if file.exists() else None
+
+    def await_struck(self, *, seconds: float = 60) -> Struck:
+        found: Struck = until(self.struck, "a beat that strikes itself", seconds=seconds)
+        return found
+
+    def _forget_strike(self) -> None:
+        for suffix in ("strike", "struck"):
+            Path(f"{self.record}.{suffix}").unlink(missing_ok=True)
 
     def received(self, entry: str | None = None) -> list[Receipt]:
         """What the worker has received, in the order of time."""

@@ -10,33 +10,37 @@ deals the same faults; what they hit is up to the machine.
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from celery_etcd_lock.testing import EtcdCluster, EtcdServer
 from tests.beat.beats import Beat, Beats
-from tests.beat.checker import Disturbance, Report, check
+from tests.beat.broken import BREAKS
+from tests.beat.checker import Disturbance, Report, Rules, check
 from tests.beat.faults import Fault, plan
 from tests.servers import RedisServer
 from tests.workers import until
 
 __all__ = ["Outcome", "chaos", "main", "plain"]
 
-INTERVALS = {"second": 1.0, "seven": 7.0, "minute": 60.0, "alone": 1.0}
 TTL = 3
-SLACK = 3.0
-"""Seconds that a tick may be late by where nothing was done: the machine may be busy."""
+_RULES = Rules(
+    {"second": 1.0, "seven": 7.0, "minute": 60.0, "alone": 1.0}, slack=3.0, once=("alone",), calendar=("minute",)
+)
+"""The slack is for a machine that is busy."""
 _TAKEOVER = 3.0
 """Seconds that a takeover may take longer than the lease of the leader before: etcd looks for leases twice a second."""
+_AT_ONCE = TTL * 2 / 3
+"""Seconds for which a lease goes on at least, renewed as it is after each third: who steps down is followed sooner."""
 _ELECTION = 4.0
 """Seconds in which members of etcd have found a leader, and beats a member."""
 
@@ -45,8 +49,10 @@ _ELECTION = 4.0
 class Outcome:
     report: Report
     faults: list[Disturbance] = field(default_factory=list)
-    takeovers: list[float] = field(default_factory=list)
-    """Seconds, each, until another beat led, of those that lost their leader to a signal."""
+    takeovers: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds, each, until another beat led, of those that lost their leader, by what was done to it."""
+    dropped: int = 0
+    """Copies of a singleton task that did not run."""
     logs: str = ""
 
 
@@ -56,22 +62,22 @@ class _Chaos:
         self.etcd = etcd
         self.running: list[Beat] = [beats.beat() for _ in range(3)]
         self.faults: list[Disturbance] = []
-        self.takeovers: list[float] = []
+        self.takeovers: dict[str, list[float]] = defaultdict(list)
+        self.promised: dict[str, str] = {}
+        """Ids of ticks in the middle of which a beat was struck, and what was done to it."""
+        self.problems: list[str] = []
 
     def inflict(self, fault: Fault) -> None:
         time.sleep(fault.after)
-        begin = time.time()
-        if fault.kind.startswith("etcd"):
-            self._on_etcd(fault)
-            late = fault.for_ + TTL + _ELECTION
-        else:
-            late = self._on_beat(fault)
-        self.faults.append(Disturbance(str(fault), begin, begin + late))
+        for beat in self.running:
+            beat.await_start()
+        self.faults.append(self._on_etcd(fault) if fault.kind.startswith("etcd") else self._on_beat(fault))
 
-    def _on_etcd(self, fault: Fault) -> None:
+    def _on_etcd(self, fault: Fault) -> Disturbance:
         leader = self.etcd.leader()
         others = [member for member in self.etcd.members if member is not leader]
         member: EtcdServer = leader if fault.target == "leader" else others[int(fault.pick * len(others))]
+        begin = time.time()
         if fault.kind == "etcd killed":
             member.kill()
             time.sleep(fault.for_)
@@ -80,87 +86,155 @@ class _Chaos:
             member.pause()
             time.sleep(fault.for_)
             member.resume()
+        return Disturbance(str(fault), begin, time.time() + TTL + _ELECTION)
 
-    def _on_beat(self, fault: Fault) -> float:
-        """Returns for how many seconds ticks may be late."""
+    def _on_beat(self, fault: Fault) -> Disturbance:
         leader = self.beats.await_leader()
         others = [beat for beat in self.running if beat is not leader]
         beat = leader if fault.target == "leader" else others[int(fault.pick * len(others))]
-        began = time.monotonic()
-        if fault.kind == "killed":
-            beat.kill()
-        elif fault.kind == "stopped":
-            code = beat.stop()
-            assert code == 0, f"{beat.name} ended with {code}:\n{beat.output[-3000:]}"
-        else:
-            beat.pause()
-        if fault.target == "leader" and (fault.kind != "frozen" or fault.for_ > TTL):
-            self.beats.await_leader(other_than=beat)
-            self.takeovers.append(time.monotonic() - began)
-        time.sleep(max(0.0, began + fault.for_ - time.monotonic()))
-        if fault.kind == "frozen":
+        beat, begin = self._strike(fault, beat)
+        pid, strikes = beat.pid, [begin]
+        frozen = fault.kind.startswith("frozen")
+        late = 0.0
+        if fault.target == "leader" and (not frozen or fault.for_ > TTL):
+            late = self._take_over(fault, beat, begin)
+        elif fault.target == "leader":
+            late = fault.for_ + 1.0
+        time.sleep(max(0.0, begin + fault.for_ - time.time()))
+        if frozen:
+            strikes.append(time.time())
             beat.resume()
         else:
+            self._ended(fault, beat)
             beat.start()
-        if fault.target == "standby":
-            return 0.0
         if fault.kind == "stopped":
-            return _TAKEOVER
-        return max(TTL + _TAKEOVER, fault.for_ + 1.0 if fault.for_ < TTL else 0.0)
+            strikes.clear()  # it ends a tick that it has begun
+        return Disturbance(str(fault), begin, begin + late, pid, tuple(strikes))
+
+    def _strike(self, fault: Fault, beat: Beat) -> tuple[Beat, float]:
+        """To whom it was done, and when."""
+        what, _, moment = fault.kind.partition(" ")
+        number = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP, "stopped": signal.SIGTERM}[what]
+        if not moment:
+            begin = time.time()
+            beat.process.send_signal(number)
+            return beat, begin
+        self.beats.strike(moment, number)
+        struck = self.beats.await_struck()
+        self.promised[struck.id] = f"its beat was {fault.kind}"
+        return next(each for each in self.running if each.pid == struck.pid), struck.when
+
+    def _take_over(self, fault: Fault, beat: Beat, begin: float) -> float:
+        """Wait for it. Returns for how many seconds ticks may be late."""
+        most = _TAKEOVER if fault.kind == "stopped" else TTL + _TAKEOVER
+        self.beats.await_leader(other_than=beat)
+        took = time.time() - begin
+        self.takeovers[fault.kind].append(took)
+        if took > most:
+            self.problems.append(f"{fault}: another led after {took:.1f} s")
+        return most
+
+    def _ended(self, fault: Fault, beat: Beat) -> None:
+        code = beat.process.wait(60)
+        if code != (0 if fault.kind == "stopped" else -signal.SIGKILL):
+            self.problems.append(f"{fault}: {beat.name} ended with {code}")
+
+    def end(self) -> None:
+        """Of all beats; and what is wrong beside ticks."""
+        for beat in self.running:
+            beat.await_start()
+            if (code := beat.stop()) != 0:
+                self.problems.append(f"{beat.name} ended with {code}, in the end")
+            if "Traceback" in beat.output:
+                self.problems.append(f"{beat.name} logged a traceback")
+        stops = self.takeovers.get("stopped")
+        if stops and min(stops) > _AT_ONCE:
+            self.problems.append(f"no leader that was stopped was followed within {_AT_ONCE:.1f} s")
 
 
 def chaos(
-    folder: Path, faults: Iterable[Fault], *, seconds: float = 0.0, calm: float = 4.0, say: bool = False
-) -> Outcome:
-    """Three beats and a worker, through all of `faults`, or as many as fit into `seconds`, and `calm` seconds after."""
+    folder: Path, faults: Iterable[Fault], *, seconds: float = 0.0, calm: float = 4.0, broken: str = "",
+    say: bool = False,
+) -> Outcome:  # fmt: skip
+    """Three beats and a worker, through all of `faults`, or as many as fit into `seconds`, and `calm` seconds after.
+
+    `broken`: one of the `BREAKS`.
+    """
     with ExitStack() as stack:
         redis = stack.enter_context(RedisServer())
         etcd = stack.enter_context(EtcdCluster())
-        beats = stack.enter_context(Beats(redis.url, ",".join(etcd.endpoints), folder, {"etcd_lock_beat_ttl": TTL}))
-        beats.worker()
+        settings = {"etcd_lock_beat_ttl": TTL}
+        variables = {"BROKEN": broken}
+        beats = stack.enter_context(Beats(redis.url, ",".join(etcd.endpoints), folder, settings, variables=variables))
+        worker = beats.worker()
         run = _Chaos(beats, etcd)
         until(lambda: beats.received("second"), "the first tick")
         begin = time.time()
-        for fault in faults:
-            if seconds and time.time() + fault.after + fault.for_ + calm > begin + seconds:
-                break
-            run.inflict(fault)
-            if say:
-                print(f"{time.time() - begin:6.1f} s  {fault}", flush=True)
-        time.sleep(calm)
+        try:
+            for fault in faults:
+                if seconds and time.time() + fault.after + fault.for_ + calm > begin + seconds:
+                    break
+                run.inflict(fault)
+                if say:
+                    print(f"{time.time() - begin:6.1f} s  {fault}", flush=True)
+            time.sleep(calm)
+        except AssertionError as error:  # somebody waited in vain
+            run.problems.append(str(error))
         end = time.time()
-        for beat in run.running:
-            assert beat.stop() == 0, beat.output[-3000:]
-        receipts = beats.received()
-        report = check(receipts, run.faults, INTERVALS, begin=begin, end=end, slack=SLACK, once=("alone",))
+        run.end()
+        report = check(beats.received(), run.faults, _RULES, begin=begin, end=end, promised=run.promised)
+        report.violations += run.problems
         logs = "".join(beat.output for beat in run.running)
-        if "Traceback" in logs:
-            report.violations.append("a beat logged a traceback")
-        return Outcome(report, run.faults, run.takeovers, logs)
+        return Outcome(report, run.faults, run.takeovers, worker.output.count("etcd_lock.copy_dropped"), logs)
 
 
-def plain(folder: Path, seconds: float) -> Report:
-    """Three beats of Celery's own, to which nothing is done: the same check must find what they send twice."""
+def plain(folder: Path, seconds: float, faults: Iterable[Fault] = ()) -> Report:
+    """Three beats of Celery's own, and as many of `faults` as fit: the same check must find what they send twice.
+
+    There is none that leads, so that a fault picks any; nor an etcd, so that those of etcd are left out.
+    """
     with RedisServer() as redis, Beats(redis.url, "http://127.0.0.1:1", folder) as beats:
         beats.worker()
-        for _ in range(3):
-            beats.beat(scheduler="celery.beat:PersistentScheduler")
+        running = [beats.beat(scheduler="celery.beat:PersistentScheduler") for _ in range(3)]
         until(lambda: len(beats.received("second")) > 3, "the first ticks")
         begin = time.time()
-        time.sleep(seconds)
-        return check(beats.received(), (), INTERVALS, begin=begin, end=time.time(), slack=SLACK)
+        for fault in faults:
+            if time.time() + fault.after + fault.for_ > begin + seconds:
+                break
+            if not fault.kind.startswith("etcd"):
+                time.sleep(fault.after)
+                _on_plain(fault, running[int(fault.pick * len(running))])
+        time.sleep(max(0.0, begin + seconds - time.time()))
+        return check(beats.received(), (), replace(_RULES, plain=True), begin=begin, end=time.time())
+
+
+def _on_plain(fault: Fault, beat: Beat) -> None:
+    beat.await_start()
+    if fault.kind.startswith("frozen"):
+        beat.pause()
+        time.sleep(fault.for_)
+        beat.resume()
+        return
+    if fault.kind == "stopped":
+        beat.stop()
+    else:
+        beat.kill()
+    time.sleep(fault.for_)
+    beat.start()
 
 
 def _summary(outcome: Outcome, seed: int) -> str:
     kinds = Counter(each.what.partition(" for ")[0] for each in outcome.faults)
     lines = [f"seed {seed}: {len(outcome.faults)} faults"]
     lines += [f"  {count:3} {kind}" for kind, count in sorted(kinds.items())]
-    if outcome.takeovers:
-        lines.append(
-            f"{len(outcome.takeovers)} takeovers: {min(outcome.takeovers):.1f} to {max(outcome.takeovers):.1f} s"
-        )
+    lines.append(f"{sum(map(len, outcome.takeovers.values()))} takeovers")
+    lines += [
+        f"  {len(took):3} leader {kind}, {min(took):.1f} to {max(took):.1f} s"
+        for kind, took in sorted(outcome.takeovers.items())
+    ]
     for entry, count in outcome.report.received.items():
         lines.append(f"{entry}: {count} received, longest pause {outcome.report.late.get(entry, 0.0):.1f} s")
+    lines.append(f"{outcome.dropped} copies of a singleton task did not run")
     lines.append(f"{len(outcome.report.repeats)} repeats of an id with an excuse")
     lines += [f"  {repeat}" for repeat in outcome.report.repeats]
     lines.append(f"{len(outcome.report.violations)} violations")
@@ -171,17 +245,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.beat.chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--plain", action="store_true", help="three beats of Celery's own, without faults")
+    parser.add_argument(
+        "--plain", action="store_true", help="three beats of Celery's own: must find what they send twice"
+    )
+    parser.add_argument("--broken", choices=["", *BREAKS], default="", help="break the scheduler: this must be found")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="beat-chaos-"))
+    print(f"seed {given.seed}, {given.seconds:.0f} s", flush=True)
     if given.plain:
-        found = [each for each in plain(folder, given.seconds).violations if " ids" in each]
+        report = plain(folder, given.seconds, plan(given.seed, TTL))
+        found = [each for each in report.violations if " ids" in each]
         print(f"three plain beats: {len(found)} slots sent under several ids")
         shutil.rmtree(folder)
         return 0 if found else 1
-    print(f"seed {given.seed}, {given.seconds:.0f} s", flush=True)
-    faults = itertools.chain(plan(given.seed, TTL))
-    outcome = chaos(folder, faults, seconds=given.seconds, say=True)
+    outcome = chaos(folder, plan(given.seed, TTL), seconds=given.seconds, broken=given.broken, say=True)
     print(_summary(outcome, given.seed))
     if outcome.report.violations:
         print(f"the logs and what was received are in {folder}")

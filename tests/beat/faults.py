@@ -8,9 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["SHORT", "Fault", "Kind", "plan"]
+__all__ = ["DECK", "SHORT", "Fault", "Kind", "plan"]
 
-Kind: TypeAlias = Literal["killed", "frozen", "stopped", "etcd killed", "etcd frozen"]
+Kind: TypeAlias = Literal[
+    "killed",
+    "frozen",
+    "stopped",
+    "killed before publish",
+    "killed after publish",
+    "frozen before publish",
+    "frozen after publish",
+    "etcd killed",
+    "etcd frozen",
+]
+"""*Before publish* and *after publish* are moments of a tick, both between its fence and its confirmation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +42,14 @@ class Fault:
 
 
 SHORT = (
-    Fault(2.5, "killed", "leader", 0.5),
-    Fault(4.0, "frozen", "leader", 5.0),
+    Fault(2.5, "killed after publish", "leader", 0.5),
+    Fault(4.0, "frozen before publish", "leader", 5.0),
     Fault(1.0, "stopped", "leader", 0.5),
     Fault(1.5, "etcd killed", "leader", 1.0),
 )
 """Each kind once, in less than half a minute, with a TTL of 3 s."""
 
-_DECK: tuple[tuple[Kind, Literal["leader", "standby"], float, float], ...] = (
+DECK: tuple[tuple[Kind, Literal["leader", "standby"], float, float], ...] = (
     # Seconds in TTLs: a freeze that costs the leadership, and one that does not.
     ("killed", "leader", 0.1, 2.0),
     ("killed", "leader", 0.1, 0.5),
@@ -47,6 +58,10 @@ _DECK: tuple[tuple[Kind, Literal["leader", "standby"], float, float], ...] = (
     ("frozen", "leader", 1.2, 2.5),
     ("frozen", "leader", 0.1, 0.6),
     ("frozen", "standby", 0.5, 2.5),
+    ("killed before publish", "leader", 0.1, 1.0),
+    ("killed after publish", "leader", 0.1, 1.0),
+    ("frozen before publish", "leader", 1.2, 2.5),
+    ("frozen after publish", "leader", 1.2, 2.5),
     ("stopped", "leader", 0.1, 1.0),
     ("stopped", "leader", 0.1, 0.3),
     ("stopped", "standby", 0.1, 1.0),
@@ -54,13 +69,14 @@ _DECK: tuple[tuple[Kind, Literal["leader", "standby"], float, float], ...] = (
     ("etcd frozen", "leader", 0.5, 1.5),
     ("etcd killed", "standby", 0.1, 1.0),
 )
+"""Kind, target, and for how long at least and at most."""
 
 
 def plan(seed: int, ttl: float) -> Iterator[Fault]:
     """The faults of a run, without end: the same ones for the same arguments. Each kind before any comes again."""
     dice = random.Random(f"{seed}/beat")
     for kind, target, shortest, longest in itertools.chain.from_iterable(
-        dice.sample(_DECK, len(_DECK)) for _ in itertools.count()
+        dice.sample(DECK, len(DECK)) for _ in itertools.count()
     ):
         after, for_ = dice.uniform(0.5, 4.0), dice.uniform(shortest, longest) * ttl
         yield Fault(round(after, 2), kind, target, round(for_, 2), round(dice.random(), 4))

@@ -17,7 +17,7 @@ import pytest
 
 from celery_etcd_lock.testing import EtcdServer
 from tests.beat.beats import Beats
-from tests.beat.checker import Disturbance, check
+from tests.beat.checker import Disturbance, Rules, check
 from tests.servers import RedisServer
 from tests.workers import until
 
@@ -106,7 +106,7 @@ def test_takeovers_around_the_database_scheduler(beats: DjangoBeats) -> None:
         len({each.id for each in beats.received("once")}) == len({each.id for each in beats.received("clocked")}) == 1
     )
     away = [Disturbance("killed or frozen", begin, time.time())]
-    report = check(receipts, away, {"second": 1.0}, begin=begin, end=time.time(), slack=3.0)
+    report = check(receipts, away, Rules({"second": 1.0}, slack=3.0), begin=begin, end=time.time())
     assert not report.violations
     assert "Traceback" not in "".join(each.output for each in beats.processes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,19 +19,20 @@ NewBeats = Callable[..., Beats]
 @pytest.mark.parametrize(
     ("at", "entry", "times"),
     [
-        pytest.param("before_task_publish", "second", 1, id="between fence and publish"),
-        pytest.param("after_task_publish", "second", 2, id="between publish and confirmation"),
-        pytest.param("after_task_publish", "alone", 1, id="the same, of a singleton task: the copy is dropped"),
+        pytest.param("before publish", "second", 1, id="between fence and publish"),
+        pytest.param("after publish", "second", 2, id="between publish and confirmation"),
+        pytest.param("after publish", "alone", 1, id="the same, of a singleton task: the copy is dropped"),
     ],
 )
 def test_the_slot_is_sent_again_under_its_id(new_beats: NewBeats, at: str, entry: str, times: int) -> None:
     beats = new_beats()
-    beats.variables = {"KILL_AT": at, "KILL_ENTRY": entry}
+    beats.strike(at, signal.SIGKILL, entry)
     worker = beats.worker()
     killed = beats.beat()
     killed.process.wait(60)
     record = next(json.loads(kv.value) for kv in beats.keys("entry/") if kv.key.endswith(f"/{entry}"))
     assert record["state"] == "sending"
+    assert record["task_id"] == beats.await_struck().id
     beats.beat()
 
     def later() -> list[Any]:

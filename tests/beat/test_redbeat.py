@@ -13,7 +13,7 @@ from redis import Redis
 
 from celery_etcd_lock.testing import EtcdServer
 from tests.beat.beats import Beats
-from tests.beat.checker import Disturbance, check
+from tests.beat.checker import Disturbance, Rules, check
 from tests.servers import RedisServer
 from tests.workers import until
 
@@ -53,15 +53,8 @@ def test_takeovers_around_redbeat(beats: Beats) -> None:
     assert third.stop() == 0
     beats.await_leader(other_than=third, seconds=10)
     away = [Disturbance("killed or frozen", begin, end)]
-    report = check(
-        beats.received(),
-        away,
-        {"second": 1.0, "seven": 7.0, "alone": 1.0},
-        begin=begin,
-        end=end,
-        slack=3.0,
-        once=["alone"],
-    )
+    rules = Rules({"second": 1.0, "seven": 7.0, "alone": 1.0}, slack=3.0, once=("alone",))
+    report = check(beats.received(), away, rules, begin=begin, end=end)
     assert not report.violations
     assert "Traceback" not in "".join(each.output for each in beats.processes)
     with Redis.from_url(beats.broker_url) as redis:
