@@ -2,6 +2,7 @@
 
     python -m tests.beat.chaos --seconds 300 --seed 1234
     python -m tests.beat.chaos --seconds 30 --plain       # three beats of Celery's own: the duplicates must show
+    python -m tests.beat.chaos --broken at-most-once      # a scheduler that is broken: this must be found
 
 Exits with 1 if a tick was sent twice or never, or if so little happened that the run proves nothing. The same seed
 deals the same faults; what they hit is up to the machine.
@@ -86,7 +87,8 @@ class _Chaos:
             member.pause()
             time.sleep(fault.for_)
             member.resume()
-        return Disturbance(str(fault), begin, time.time() + TTL + _ELECTION)
+        back = time.time()
+        return Disturbance(str(fault), begin, back + TTL + _ELECTION, strikes=(begin, back))
 
     def _on_beat(self, fault: Fault) -> Disturbance:
         leader = self.beats.await_leader()
@@ -260,6 +262,9 @@ def main() -> int:
         return 0 if found else 1
     outcome = chaos(folder, plan(given.seed, TTL), seconds=given.seconds, broken=given.broken, say=True)
     print(_summary(outcome, given.seed))
+    if given.broken:
+        shutil.rmtree(folder)
+        return 0 if outcome.report.violations else 1
     if outcome.report.violations:
         print(f"the logs and what was received are in {folder}")
         return 1

@@ -54,12 +54,15 @@ class Disturbance:
     pid: int = 0
     """The beat to which it was done; 0: to etcd."""
     strikes: tuple[float, ...] = ()
-    """When that beat may have been between fence and confirmation: as it was killed or frozen, and as it woke up."""
+    """When that beat may have been between fence and confirmation: as it was killed or frozen, and as it woke up.
+
+    Of etcd: from when to when it was away. Empty: from `begin` to `end`."""
 
     def excuses(self, one: Receipt, two: Receipt) -> bool:
         """Whether it explains that an id which came as `one` came once more, as `two`."""
         if not self.pid:  # etcd did not take the confirmation
-            return self.begin - _AROUND <= one.left <= self.end
+            back = self.strikes[-1] + _AROUND if self.strikes else self.end
+            return self.begin - _AROUND <= one.left <= back
         if one.pid == two.pid:  # who was killed sends nothing more, and who was frozen is followed by another
             return False
         mine = one if one.pid == self.pid else two
@@ -146,7 +149,8 @@ class _Entry:
         for name, copies in self._by_id().items():
             for one, two in pairwise(copies):
                 text = f"{name} was received {len(copies)} times, {two.at - one.at:.1f} s apart"
-                excuses = [] if self.name in self.rules.once else [d for d in self.disturbances if d.excuses(one, two)]
+                likeliest = sorted(self.disturbances, key=lambda each: not each.pid)
+                excuses = [] if self.name in self.rules.once else [d for d in likeliest if d.excuses(one, two)]
                 if excuses:
                     self.report.repeats.append(f"{self.name}: {text}: {excuses[0].what}")
                 else:

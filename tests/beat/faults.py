@@ -42,12 +42,12 @@ class Fault:
 
 
 SHORT = (
-    Fault(2.5, "killed after publish", "leader", 0.5),
-    Fault(4.0, "frozen before publish", "leader", 5.0),
+    Fault(1.0, "killed after publish", "leader", 0.5),
+    Fault(2.0, "frozen before publish", "leader", 4.0),
     Fault(1.0, "stopped", "leader", 0.5),
     Fault(1.5, "etcd killed", "leader", 1.0),
 )
-"""Each kind once, in less than half a minute, with a TTL of 3 s."""
+"""Something of each sort, in less than half a minute, with a TTL of 3 s."""
 
 DECK: tuple[tuple[Kind, Literal["leader", "standby"], float, float], ...] = (
     # Seconds in TTLs: a freeze that costs the leadership, and one that does not.

@@ -15,6 +15,8 @@ def test_every_tick_once_through_a_kill_a_freeze_a_stop_and_an_etcd_without_its_
     outcome = chaos(tmp_path, SHORT)
     assert outcome.report.violations == []
     assert len(outcome.takeovers) == 3
+    copies = len(outcome.report.repeats) + outcome.dropped
+    assert copies >= 1, "the tick whose beat was killed after its publish comes again"
     assert outcome.report.received["second"] > 10
     assert outcome.report.received["alone"] > 10
 

@@ -155,6 +155,11 @@ def test_what_excuses_a_repeat(disturbance: Disturbance, copy: Receipt) -> None:
         pytest.param(struck("killed", 3.1), receipt(3.4, due=3.0), id="a kill of who sent both"),
         pytest.param(struck("killed", 3.1), receipt(8.2, due=8.0, pid=1), id="a kill long before"),
         pytest.param(Disturbance("etcd", BEGIN + 5, BEGIN + 7), receipt(6.9, due=3.0, pid=2), id="etcd away later"),
+        pytest.param(
+            Disturbance("etcd", BEGIN + 5, BEGIN + 10, strikes=(BEGIN + 5, BEGIN + 6)),
+            receipt(9.9, due=8.0, pid=3),
+            id="etcd back again",
+        ),
     ],
 )
 def test_what_does_not(disturbance: Disturbance, copy: Receipt) -> None:
