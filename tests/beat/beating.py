@@ -35,14 +35,13 @@ app.conf.update(
 )
 
 
-def note(self: Any, entry: str) -> None:
-    headers = self.request.headers or {}
-    tick = headers.get("etcd_lock_beat") or {}
-    pid, sent = headers.get("stamp") or (0, 0.0)
-    line = {"entry": entry, "id": self.request.id, "at": time.time(), "due": tick.get("due", ""), "pid": pid}
+def note(entry: str, task_id: str, headers: Any) -> None:
+    tick = (headers or {}).get("etcd_lock_beat") or {}
+    pid, sent = (headers or {}).get("stamp") or (0, 0.0)
+    line = {"entry": entry, "id": task_id, "at": time.time(), "due": tick.get("due", ""), "pid": pid, "sent": sent}
     handle = os.open(os.environ["RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
-        os.write(handle, json.dumps({**line, "sent": sent}).encode() + b"\n")
+        os.write(handle, json.dumps(line).encode() + b"\n")
     finally:
         os.close(handle)
 
@@ -50,13 +49,13 @@ def note(self: Any, entry: str) -> None:
 @app.task(bind=True, name="received")
 def received(self: Any, entry: str) -> None:
     """What the worker was sent: a plain task, which runs as often as it is delivered."""
-    note(self, entry)
+    note(entry, self.request.id, self.request.headers)
 
 
 @singleton_task(app=app, bind=True, name="alone")
 def alone(self: Any, entry: str) -> None:
     """A singleton, which runs once for each id."""
-    note(self, entry)
+    note(entry, self.request.id, self.request.headers)
 
 
 def strike(at: str, body: Any, headers: Any) -> None:
@@ -89,5 +88,21 @@ def after(body: Any = None, headers: Any = None, **_: Any) -> None:
 if "beat" in sys.argv:
     signals.before_task_publish.connect(before)
     signals.after_task_publish.connect(after)
+
+
+arrivals: set[tuple[str, float]] = set()
+
+
+def arrived(request: Any = None, **_: Any) -> None:
+    """Write down each message of the singleton, also one that is dropped; but once if the worker itself repeats it."""
+    headers = request.message.headers
+    arrival = request.id, headers.get("stamp", (0, 0.0))[1]
+    if request.name == "alone" and arrival not in arrivals:
+        arrivals.add(arrival)
+        note("arrival", request.id, headers)
+
+
+if os.environ.get("ARRIVALS"):
+    signals.task_received.connect(arrived)
 if os.environ.get("BROKEN"):
     BREAKS[os.environ["BROKEN"]]()

@@ -35,9 +35,11 @@ __all__ = ["Outcome", "chaos", "main", "plain"]
 
 TTL = 3
 _RULES = Rules(
-    {"second": 1.0, "seven": 7.0, "minute": 60.0, "alone": 1.0}, slack=3.0, once=("alone",), calendar=("minute",)
-)
-"""The slack is for a machine that is busy."""
+    {"second": 1.0, "seven": 7.0, "minute": 60.0, "alone": 1.0, "arrival": 1.0},
+    slack=3.0, once=("alone",), calendar=("minute",),
+)  # fmt: skip
+"""*alone* is what a singleton task ran for, *arrival* its messages. The slack is for a machine that is busy."""
+_PLAIN = {entry: every for entry, every in _RULES.intervals.items() if entry != "arrival"}
 _TAKEOVER = 3.0
 """Seconds that a takeover may take longer than the lease of the leader before: etcd looks for leases twice a second."""
 _AT_ONCE = TTL * 2 / 3
@@ -166,7 +168,7 @@ def chaos(
         redis = stack.enter_context(RedisServer())
         etcd = stack.enter_context(EtcdCluster())
         settings = {"etcd_lock_beat_ttl": TTL}
-        variables = {"BROKEN": broken}
+        variables = {"BROKEN": broken, "ARRIVALS": "1"}
         beats = stack.enter_context(Beats(redis.url, ",".join(etcd.endpoints), folder, settings, variables=variables))
         worker = beats.worker()
         run = _Chaos(beats, etcd)
@@ -207,7 +209,7 @@ def plain(folder: Path, seconds: float, faults: Iterable[Fault] = ()) -> Report:
                 time.sleep(fault.after)
                 _on_plain(fault, running[int(fault.pick * len(running))])
         time.sleep(max(0.0, begin + seconds - time.time()))
-        return check(beats.received(), (), replace(_RULES, plain=True), begin=begin, end=time.time())
+        return check(beats.received(), (), replace(_RULES, intervals=_PLAIN, plain=True), begin=begin, end=time.time())
 
 
 def _on_plain(fault: Fault, beat: Beat) -> None:

@@ -15,10 +15,7 @@ def test_every_tick_once_through_a_kill_a_freeze_a_stop_and_an_etcd_without_its_
     outcome = chaos(tmp_path, SHORT)
     assert outcome.report.violations == []
     assert len(outcome.takeovers) == 3
-    copies = len(outcome.report.repeats) + outcome.dropped
-    assert copies >= 1, "the tick whose beat was killed after its publish comes again"
-    assert outcome.report.received["second"] > 10
-    assert outcome.report.received["alone"] > 10
+    assert outcome.report.repeats, "the tick whose beat was killed after its publish comes again"
 
 
 def test_three_plain_beats_send_every_tick_three_times(tmp_path: Path) -> None:
