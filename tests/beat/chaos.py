@@ -27,7 +27,7 @@ from celery_etcd_lock.testing import EtcdCluster, EtcdServer
 from tests.beat.beats import Beat, Beats
 from tests.beat.broken import BREAKS
 from tests.beat.checker import Disturbance, Report, Rules, check
-from tests.beat.faults import Fault, plan
+from tests.beat.faults import DECK, Fault, plan
 from tests.servers import RedisServer
 from tests.workers import until
 
@@ -44,6 +44,8 @@ _TAKEOVER = 3.0
 """Seconds that a takeover may take longer than the lease of the leader before: etcd looks for leases twice a second."""
 _AT_ONCE = TTL * 2 / 3
 """Seconds for which a lease goes on at least, renewed as it is after each third: who steps down is followed sooner."""
+_ALL = 150.0
+"""Seconds in which a plan has every card of the deck."""
 _ELECTION = 4.0
 """Seconds in which members of etcd have found a leader, and beats a member."""
 
@@ -245,6 +247,12 @@ def _summary(outcome: Outcome, seed: int) -> str:
     return "\n".join(lines + [f"  {violation}" for violation in outcome.report.violations])
 
 
+def _not_done(outcome: Outcome) -> list[str]:
+    """The cards that this run did not come to."""
+    done = {each.what.partition(" for ")[0] for each in outcome.faults}
+    return sorted({f"{target} {kind}" for kind, target, *_ in DECK} - done)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.beat.chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=300.0)
@@ -264,6 +272,8 @@ def main() -> int:
         return 0 if found else 1
     outcome = chaos(folder, plan(given.seed, TTL), seconds=given.seconds, broken=given.broken, say=True)
     print(_summary(outcome, given.seed))
+    if missing := _not_done(outcome):
+        print(f"not done in this run: {', '.join(missing)}")
     if given.broken:
         shutil.rmtree(folder)
         return 0 if outcome.report.violations else 1
@@ -271,8 +281,8 @@ def main() -> int:
         print(f"the logs and what was received are in {folder}")
         return 1
     shutil.rmtree(folder)
-    if not outcome.takeovers:
-        print("no leader was lost: this proves nothing")
+    if not outcome.takeovers or (missing and given.seconds >= _ALL):
+        print("too little was done: this proves nothing")
         return 1
     return 0
 
