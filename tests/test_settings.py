@@ -182,6 +182,7 @@ class TestRead:
             ({"etcd_lock_endpoints": "https://a"}, "use_ssl", None),
             ({"etcd_lock_transport": "gateway"}, "transport", "gateway"),
             ({"etcd_lock_beat_scheduler": "proj.Scheduler"}, "beat_scheduler", "proj.Scheduler"),
+            ({"ETCD_LOCK_BEAT_NAME": "nights"}, "beat_name", "nights"),
         ],
     )
     def test_what_is_meant(self, given: dict[str, Any], name: str, meant: object) -> None:

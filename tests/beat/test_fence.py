@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
+import uuid
 from collections.abc import Callable
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from celery import Task
 from celery.schedules import crontab, schedule
 from celery.signals import before_task_publish
+from kombu.exceptions import OperationalError
+from redis import Redis
 
+from celery_etcd_lock import SingletonTask
 from celery_etcd_lock.signals import LeaderElectedRecord, LeaderLostRecord, TickFencedRecord, TickSentRecord
 from celery_etcd_lock.testing import EtcdServer
 from tests.beat.bench import Bench
@@ -55,6 +63,23 @@ def test_options_of_the_entry_are_kept(new_bench: NewBench) -> None:
     assert sent.headers["etcd_lock"]["on_conflict"] == {"name": "skip"}
     assert sent.headers["etcd_lock"]["again"], "there may be copies"
     assert options["headers"] == {"mine": 1, "etcd_lock": {"on_conflict": "skip"}}, "the schedule's own is as it was"
+
+
+def test_arguments_and_where_to_send_are_the_entrys(new_bench: NewBench) -> None:
+    """Also of a task that this app does not know."""
+    queue = f"elsewhere-{uuid.uuid4().hex}"
+    options = {"queue": queue, "priority": 3}
+    entry = {"task": "elsewhere", "schedule": 0.3, "args": (1,), "kwargs": {"full": True}, "options": options}
+    bench = new_bench({"soon": entry})
+    with closing(Redis.from_url(bench.redis_url)) as redis:
+        found: Any = redis
+        bench.tick(bench.scheduler(), lambda: found.keys(f"{queue}*"))
+        (key,) = found.keys(f"{queue}*")
+        message = json.loads(found.lindex(key, -1))
+        found.delete(key)
+    assert json.loads(base64.b64decode(message["body"]))[:2] == [[1], {"full": True}]
+    assert message["properties"]["priority"] == 3
+    assert not bench.sent()
 
 
 def test_an_id_of_the_entrys_own_stays(new_bench: NewBench) -> None:
@@ -199,6 +224,56 @@ def test_what_cannot_be_published_passes_as_in_celery(new_bench: NewBench, caplo
     assert bench.record("wrong")["state"] == "failed"
     assert len(bench.sent("soon")) >= 1
     assert "Message Error" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["wrong arguments", "queued already"])
+def test_so_do_calls_that_the_task_refuses(new_bench: NewBench, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    """A typed task with other arguments; one with ``on_duplicate="raise"`` of which a message is queued."""
+    bench = new_bench({"soon": {**SOON, "task": "refused", "args": (1,) if how == "queued already" else (1, 2)}})
+
+    def one(number: int) -> None:
+        """Takes one."""
+
+    task: Any = bench.app.task
+    refused = task(
+        one, name="refused", base=SingletonTask, unique_queued="until_start", on_duplicate="raise", shared=False
+    )
+    there = 0
+    if how == "queued already":
+        refused.delay(1)
+        there = 1
+    bench.tick(bench.scheduler(), lambda: bench.record("soon").get("total_run_count", 0) >= 2)
+    assert bench.record("soon")["state"] == "failed"
+    assert len(bench.sent()) == there
+    assert ("DuplicateTaskError" if there else "takes 1 positional argument") in caplog.text
+
+
+def test_an_entry_that_cannot_be_published_keeps_no_other_from_it(new_bench: NewBench) -> None:
+    """And keeps its slot, for as long as it takes: three tries here, and two pauses, the second the longer."""
+    bench = new_bench({"soon": SOON, "failing": {"task": "failing", "schedule": 0.3}})
+    tries: list[tuple[float, str]] = []
+
+    def nothing() -> None:
+        """Nobody runs it."""
+
+    class Failing(Task):  # type: ignore[misc,type-arg,unused-ignore]
+        def apply_async(self, *args: Any, **options: Any) -> Any:
+            tries.append((time.monotonic(), options["task_id"]))
+            if len(tries) < 3:
+                raise OperationalError("no broker, for this one")
+            return super().apply_async(*args, **options)
+
+    task: Any = bench.app.task
+    task(nothing, name="failing", base=Failing, shared=False)
+    beat = bench.scheduler()
+    bench.ticked(beat, entry="failing")
+    (first, second, third), ids = zip(*tries[:3], strict=True)
+    assert len(set(ids)) == 1
+    assert second - first >= 1.0
+    assert third - second >= 2.0
+    assert len(bench.sent("soon")) >= 4
+    bench.ticked(beat, entry="failing")
+    assert tries[3][1] != ids[0]
 
 
 def test_a_mark_of_its_own_that_got_no_answer_and_came_late_is_heeded(new_bench: NewBench) -> None:

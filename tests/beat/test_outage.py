@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
+from celery_etcd_lock.beat.outage import Outage
+from celery_etcd_lock.exceptions import EtcdUnavailable
+from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.signals import LeaderElectedRecord, LeaderLostRecord
+from celery_etcd_lock.tasks.spell import Spell
 from celery_etcd_lock.testing import EtcdServer
 from tests.beat.bench import Bench
+from tests.clock import Clock
 from tests.quota import fill, make_room, small_etcd
 from tests.servers import free_port
+from tests.workers import until
 
 NewBench = Callable[..., Bench]
 SOON = {"task": "plain", "schedule": 0.3}
@@ -88,6 +94,25 @@ def test_a_beat_that_starts_without_etcd_waits_for_it(new_bench: NewBench, caplo
     assert not bench.sent()
 
 
+def test_an_outage_is_spoken_of_once_a_minute(new_bench: NewBench, caplog: pytest.LogCaptureFixture) -> None:
+    """And when it is over, for how long it was; the next one is a new one."""
+    clock = Clock()
+    outage = Outage(Settings.from_app(new_bench({}).app))
+    outage._spell = Spell(1.0, clock)
+    for _ in range(125):
+        outage.fails(EtcdUnavailable("nobody"))
+        clock.now += 1
+    said = lines(caplog, "etcd_lock.beat_unavailable")
+    assert ["still no etcd" in each for each in said] == [False, True, True]
+    assert "for 120 s" in said[2]
+    assert outage.lasts
+    outage.over()
+    outage.over()
+    assert lines(caplog, "etcd_lock.beat_available") == ["etcd_lock.beat_available: etcd is back after 125 s"]
+    outage.fails(EtcdUnavailable("nobody"))
+    assert len(lines(caplog, "etcd_lock.beat_unavailable")) == 4
+
+
 def test_an_etcd_that_is_full(new_bench: NewBench, caplog: pytest.LogCaptureFixture) -> None:
     """It refuses the mark, so nothing is sent; said once, with what etcd says. It goes on when there is room again."""
     with small_etcd() as full:
@@ -106,9 +131,10 @@ def test_an_etcd_that_is_full(new_bench: NewBench, caplog: pytest.LogCaptureFixt
         bench.ticked(beat)
 
 
-def test_a_wrong_password_and_the_right_one(
+def test_doors_that_are_locked_and_opened(
     new_bench: NewBench, own: EtcdServer, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A password that is wrong, then a role that grants nothing: each is said, and it goes on when it is let in."""
     etcdctl = own.etcdctl
     if etcdctl is None:
         pytest.skip("no etcdctl beside this etcd")
@@ -122,16 +148,29 @@ def test_a_wrong_password_and_the_right_one(
     run("user", "add", "root:root")
     run("user", "grant-role", "root", "root")
     run("user", "add", "beat:right")
-    run("user", "grant-role", "beat", "root")
+    run("role", "add", "beat")
+    run("user", "grant-role", "beat", "beat")
     run("auth", "enable")
     bench = new_bench(
         {"soon": SOON}, etcd_url=own.url, etcd_lock_username="beat", etcd_lock_password="wrong", etcd_lock_timeout=1
     )
     beat = bench.scheduler()
-    ticks(beat, 2.5)
+    ticks(beat, 1.5)
     (said,) = lines(caplog, "etcd_lock.beat_unavailable")
     assert "refuses" in said
     assert "wrong" not in said
     assert "etcd_lock_password" in said
     run("--user", "root:root", "user", "passwd", "beat", "--interactive=false", password="wrong")
+
+    def asks() -> bool:
+        beat._outage._spell._said -= 60  # that was a minute ago
+        ticks(beat, 0.2)
+        return "permission" in caplog.text
+
+    until(asks, "that the role is what it lacks")
+    said = lines(caplog, "etcd_lock.beat_unavailable")[-1]
+    assert f"role grant-permission ROLE readwrite --prefix /{bench.name}/" in said
+    run("--user", "root:root", "role", "grant-permission", "beat", "readwrite", "--prefix", f"/{bench.name}/")
     bench.tick(beat, lambda: bench.signals(LeaderElectedRecord))
+    bench.ticked(beat)
+    assert len(lines(caplog, "etcd_lock.beat_available")) == 1
