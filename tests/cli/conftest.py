@@ -19,9 +19,12 @@ from tests.workers import Project, project
 __all__ = ["Command"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def working(redis: RedisServer, etcd: EtcdServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """The project of the tests, with a worker that serves all tests here. Its TTL is 3 seconds."""
+    """The project of the tests, with a worker that serves all tests of a module. Its TTL is 3 seconds.
+
+    No longer than that: whoever asks all workers of this broker is not to hear of it.
+    """
     with project(redis.url, etcd.url, tmp_path_factory.mktemp("working"), etcd_lock_ttl=3) as opened:
         opened.worker("-P", "prefork", "-c", "4")
         yield opened
