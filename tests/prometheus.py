@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,11 +13,11 @@ import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tests.servers import Server, fetching, free_port, install
+from tests.servers import Server, fetching, free_port, install, skip_or_fail
 
-__all__ = ["PrometheusNotFound", "PrometheusServer", "find_prometheus"]
+__all__ = ["PrometheusNotFound", "PrometheusServer", "do_without", "find_prometheus"]
 
 _CONFIG = """\
 global:
@@ -50,6 +51,15 @@ def find_prometheus(program: str = "prometheus", *, fetch: bool = True) -> Path:
             f"no {program} on this machine: install Prometheus (on Debian: apt-get install prometheus)"
         )
     return Path(found)
+
+
+def do_without(missing: object) -> NoReturn:
+    """Skip the test. Under ``CI`` it fails instead, unless ``WITHOUT_PROMETHEUS`` says why there is none."""
+    import pytest
+
+    if reason := os.environ.get("WITHOUT_PROMETHEUS"):
+        pytest.skip(f"{missing}: {reason}")
+    skip_or_fail(missing)
 
 
 class PrometheusServer(Server):

@@ -13,8 +13,7 @@ from celery_etcd_lock.metrics.processes import remove_dead
 from celery_etcd_lock.metrics.tally import Tally
 from celery_etcd_lock.signals import AcquiredRecord, ContendedRecord, LostRecord, Outcome, ReleasedRecord
 from tests.clock import Clock
-from tests.prometheus import PrometheusNotFound, find_prometheus
-from tests.servers import skip_or_fail
+from tests.prometheus import PrometheusNotFound, do_without, find_prometheus
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,7 +160,7 @@ def test_alerts() -> None:
     try:
         promtool = find_prometheus("promtool")
     except PrometheusNotFound as missing:
-        skip_or_fail(missing)
+        do_without(missing)
     for arguments in (["check", "rules", "docs/alerts.yml"], ["test", "rules", "tests/alerts_test.yml"]):
         done = subprocess.run([promtool, *arguments], check=False, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
