@@ -10,13 +10,16 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check format clean
+.PHONY: help demo example test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## the promises, shown in under a minute: etcd, a broker, two workers, a kill -9
 	@$(bin)/python -m example_project.demo $(ARGS)
+
+example: $(VENV)/.demo $(VENV)/.example ## the Django shop, until Ctrl-C: etcd, Redis, two workers, two beats, a page; PORT=8000
+	@$(bin)/python -m example_project.run $(if $(PORT),--port=$(PORT)) $(ARGS)
 
 test: $(VENV)/.test ## all tests, on a real etcd, a real broker and real workers; ARGS="-k mutex -x" go to pytest
 	@$(bin)/python -m pytest -n $(WORKERS) --dist loadscope -m "not alone" $(ARGS); first=$$?; \
@@ -64,7 +67,7 @@ format: $(VENV)/.dev ## put the code into ruff's form
 	@$(bin)/ruff check --fix --quiet
 
 clean: ## remove what make made
-	@rm -rf $(VENV) .tools .demo build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) .tools .demo .example build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Beside what is installed, and found before it by who has it on PYTHONPATH.
@@ -74,7 +77,7 @@ $(VENV)/grpc-oldest/.there $(VENV)/celery-oldest/.there: $(VENV)/%-oldest/.there
 	@test -d $(@D)/$* || { echo "$< names no oldest $* for this Python"; exit 1; }
 	@touch $@
 
-# One virtualenv; .demo, .test and .dev in it say which of the package's extras it holds. (Debian's Python has no
+# One virtualenv; .demo, .example, .test and .dev in it say which of the package's extras it holds. (Debian's Python has no
 # ensurepip unless python3-venv is there: then pip puts a pip into it.)
 $(VENV)/bin/python:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
@@ -83,7 +86,7 @@ $(VENV)/bin/python:
 	       && $(PYTHON) -m pip -qq --disable-pip-version-check --python $(VENV)/bin/python install pip; } \
 	  || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.demo $(VENV)/.example $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing the package with its extra '$*' into $(VENV)"
 	@$(bin)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
 	@touch $@

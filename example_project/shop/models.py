@@ -89,7 +89,7 @@ class JobRun(models.Model):
 
     task_id = models.CharField(max_length=80, db_index=True)
     task = models.CharField(max_length=80)
-    key = models.CharField(max_length=80, blank=True)
+    lock = models.CharField(max_length=200, blank=True, db_index=True)
     press = models.CharField(max_length=40, blank=True, db_index=True)
     state = models.CharField(max_length=10, choices=State.choices, default=State.SENT)
     sent = models.DateTimeField(auto_now_add=True)

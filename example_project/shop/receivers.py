@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
-from urllib.parse import unquote
 
 from celery.signals import task_prerun
 from django.utils import timezone
@@ -23,17 +22,12 @@ _OUTCOMES = {"retry": State.WAITING, "wait": State.WAITING, "skip": State.SKIPPE
 _OPEN = (State.SENT, State.WAITING)
 
 
-def key_of(lock: str) -> str:
-    """The part of a lock's name in etcd that says which of the task's locks it is."""
-    return unquote(lock.rpartition("/")[2])
-
-
 @lock_contended.connect
 def met_another(record: ContendedRecord, **_: object) -> None:
     """Somebody else holds the lock."""
     run = _row(record.task_id, record.task)
     run.state = _OUTCOMES.get(record.outcome, State.WAITING)
-    run.key, run.waits, run.because = key_of(record.lock), record.waits + 1, record.holder[:200]
+    run.lock, run.waits, run.because = record.lock, record.waits + (record.outcome == "retry"), record.holder[:200]
     if run.state in {State.SKIPPED, State.FAILED}:
         run.ended = timezone.now()
     run.save()
@@ -45,7 +39,7 @@ def got_it(sender: Any, record: AcquiredRecord, **_: object) -> None:
     JobRun.objects.filter(task_id=record.task_id, state=State.RUNNING).update(state=State.CUT_SHORT)
     run = _row(record.task_id, record.task)
     run.state, run.started = State.RUNNING, timezone.now()
-    run.key, run.token, run.waits = key_of(record.lock), record.fencing_token, record.waits
+    run.lock, run.token, run.waits = record.lock, record.fencing_token, record.waits
     run.worker, run.pid = sender.request.hostname or "", os.getpid()
     run.save()
 

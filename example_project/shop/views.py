@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
+from urllib.parse import unquote
 
 from django.db.models import Count
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, JsonResponse
@@ -69,14 +70,19 @@ def healthy(_request: HttpRequest) -> HttpResponse:
 
 
 def _live() -> dict[str, Any]:
+    seen = locks.seen(app)
+    for lock in seen["locks"]:
+        in_line = [each["task_id"] for each in lock["waiting"]]
+        waiting = JobRun.objects.filter(lock=lock["name"], state=JobRun.State.WAITING)
+        lock["put_back"] = waiting.exclude(task_id__in=in_line).count()
     counts = dict(JobRun.objects.order_by().values_list("state").annotate(Count("pk")))
     return {
-        **locks.seen(app),
+        **seen,
         "jobs": [_job(run) for run in JobRun.objects.all()[:SHOWN]],
         "counts": {str(state): counts.get(state, 0) for state in JobRun.State},
         "ticks": [
             {"entry": tick.entry, "due": _time(tick.due), "received": _time(tick.received), "task_id": tick.task_id}
-            for tick in Tick.objects.all()[:8]
+            for tick in Tick.objects.all()[:6]
         ],
     }
 
@@ -85,7 +91,7 @@ def _job(run: JobRun) -> dict[str, Any]:
     return {
         "task_id": run.task_id,
         "task": run.task,
-        "key": run.key,
+        "key": unquote(run.lock.rpartition("/")[2]),
         "press": run.press,
         "state": run.state,
         "worker": run.worker,
