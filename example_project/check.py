@@ -1,8 +1,8 @@
-"""``python -m example_project.check http://127.0.0.1:8000``: looks at the running shop from outside, as a browser does.
+"""``python -m example_project.check http://127.0.0.1:8000``: the running shop, looked at from outside, as by a browser.
 
-It presses the page's buttons, waits, and says of each promise whether it was kept, with the evidence; exit status 0 only
-if all were. ``--kill "COMMAND"`` runs that command while a report is being made by the worker that ``--victim`` names: it
-is to kill that worker, as ``docker-compose kill -s KILL worker1`` does, and all the reports must be made all the same.
+It presses the page's buttons, waits, and says of each promise whether it was kept, with the evidence; exit status 0
+only if all were. ``--kill "COMMAND"`` runs that command while the worker that ``--victim`` names makes a report: it is
+to kill that worker, as ``docker-compose kill -s KILL worker1`` does, and all the reports must be made all the same.
 Needs nothing but Python and the shop's address: not its database, not etcd.
 """
 
@@ -114,7 +114,9 @@ class Check:
     def partner(self) -> None:
         jobs = self.browser.ended(self.browser.press("partner"), self.patience)
         most = _most_at_once(_runs(jobs))
-        self.promise(_states(jobs) == {"done": 10} and most <= 2, f"of ten calls: {_said(jobs)}, {most} at once at most")
+        self.promise(
+            _states(jobs) == {"done": 10} and most <= 2, f"of ten calls: {_said(jobs)}, {most} at once at most"
+        )
 
     def readers_and_writer(self) -> None:
         presses = [self.browser.press(job) for job in ("warm", "prices")]
@@ -160,7 +162,7 @@ class Check:
 
 
 def _is_running_on(job: dict[str, Any], worker: str) -> bool:
-    return job["state"] == "running" and job["worker"].partition("@")[0] == worker
+    return bool(job["state"] == "running" and job["worker"].partition("@")[0] == worker)
 
 
 def _states(jobs: Sequence[dict[str, Any]]) -> Counter[str]:
@@ -174,7 +176,15 @@ def _said(jobs: Sequence[dict[str, Any]]) -> str:
 def _runs(jobs: Sequence[dict[str, Any]]) -> list[Run]:
     """Those that ran, in the order of their starts."""
     ran = [
-        Run(job["task"], number, job["worker"], job["pid"], _seconds(job["started"]), _seconds(job["ended"]), job["token"])
+        Run(
+            job["task"],
+            number,
+            job["worker"],
+            job["pid"],
+            _seconds(job["started"]),
+            _seconds(job["ended"]),
+            job["token"],
+        )
         for number, job in enumerate(jobs)
         if job["started"]
     ]

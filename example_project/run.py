@@ -1,7 +1,7 @@
 """``python -m example_project.run``: the shop without Docker, in the foreground, until Ctrl-C.
 
-An etcd, a Redis, two workers, two beats and the page, all on loopback. What they write is in a folder of its own, and goes
-with them: the database too, for an etcd that begins anew gives tokens lower than those that the rows remember.
+An etcd, a Redis, two workers, two beats and the page, all on loopback. What they write is in a folder of its own, and
+goes with them: the database too, for an etcd that begins anew gives tokens lower than those that the rows remember.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from celery_etcd_lock.testing import EtcdNotFound, EtcdServer
@@ -35,13 +35,14 @@ COMPACTION = ("--auto-compaction-mode=periodic", "--auto-compaction-retention=5m
 class Process:
     """One part of the shop, in a process group of its own: Ctrl-C is for who has started it."""
 
-    def __init__(self, name: str, folder: Path, *command: str) -> None:
+    def __init__(self, name: str, folder: Path, environment: Mapping[str, str], *command: str) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=ROOT,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -115,11 +116,14 @@ class Shop:
         self._ends.callback(shutil.rmtree, self.folder, ignore_errors=True)
         etcd = self._ends.enter_context(EtcdServer(extra_args=COMPACTION))
         redis = self._ends.enter_context(RedisServer())
-        os.environ["CELERY_ETCD_LOCK_ENDPOINTS"] = etcd.url
-        os.environ["SHOP_REDIS"] = redis.url
-        os.environ["SHOP_DATABASE"] = str(self.folder / "db.sqlite3")
+        self._environment = os.environ | {
+            "CELERY_ETCD_LOCK_ENDPOINTS": etcd.url,
+            "SHOP_REDIS": redis.url,
+            "SHOP_DATABASE": str(self.folder / "db.sqlite3"),
+        }
         manage, host = "example_project/manage.py", self.url.removeprefix("http://")
-        subprocess.run([sys.executable, manage, "set_up"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        made = [sys.executable, manage, "set_up"]
+        subprocess.run(made, cwd=ROOT, env=self._environment, check=True, stdout=subprocess.DEVNULL)
         page = self._run("page", manage, "runserver", "--noreload", host)
         workers = [self._celery(name, "worker", "-c", "3", "-n", f"{name}@%h") for name in ("worker1", "worker2")]
         for worker in workers:
@@ -133,7 +137,7 @@ class Shop:
         return self._run(name, "-m", "celery", "-A", "example_project.shop", *command, "-l", "info")
 
     def _run(self, name: str, *command: str) -> Process:
-        part = Process(name, self.folder, *command)
+        part = Process(name, self.folder, self._environment, *command)
         self.parts.append(part)
         return part
 
@@ -164,7 +168,9 @@ def main() -> int:
     print("starting an etcd, a Redis, two workers, two beats and the page", flush=True)
     try:
         with Shop(port) as shop:
-            print(f"\n    {shop.url}\n\nCtrl-C ends all of it. To see a lock come free that its holder cannot give back:")
+            print(
+                f"\n    {shop.url}\n\nCtrl-C ends all of it. To see a lock come free that its holder cannot give back:"
+            )
             for part in shop.parts:
                 if part.name.startswith(("worker", "beat")):
                     print(f"    kill -9 -{part.pid}   # {part.name}")

@@ -30,17 +30,15 @@ JOBS = {
         "one account, on_conflict=retry: all ten run, one at a time",
         lambda: (Account.objects.order_by("pk").first().pk,),
     ),
-    "import": Job(
-        tasks.import_products, "Import", "on_conflict=skip: one runs, who comes meanwhile is skipped"
-    ),
+    "import": Job(tasks.import_products, "Import", "on_conflict=skip: one runs, who comes meanwhile is skipped"),
     "warm": Job(
-        tasks.warm_cache, "Warm the cache", "lock_mode=shared: side by side, but not beside new prices",
+        tasks.warm_cache,
+        "Warm the cache",
+        "lock_mode=shared: side by side, but not beside new prices",
         lambda: (tasks.PAGES[0],),
     ),
     "prices": Job(tasks.change_prices, "Change prices", "the same lock, exclusive: alone, not beside a reader"),
-    "partner": Job(
-        tasks.call_partner, "Call the partner", "lock_limit=2: two at a time", lambda: (_an_order(),)
-    ),
+    "partner": Job(tasks.call_partner, "Call the partner", "lock_limit=2: two at a time", lambda: (_an_order(),)),
 }
 
 

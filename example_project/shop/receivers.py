@@ -68,4 +68,3 @@ def came_from_beat(task: Any, task_id: str, **_: object) -> None:
 def _row(task_id: str, task: str) -> JobRun:
     """The row of a message that waits, or a new one."""
     return JobRun.objects.filter(task_id=task_id, state__in=_OPEN).first() or JobRun(task_id=task_id, task=task)
-

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from django_celery_beat.models import CrontabSchedule, IntervalSchedule, PeriodicTask
 
 from example_project.shop import tasks
 
-EVERY = {
+EVERY: dict[str, tuple[int, Any, list[str]]] = {
     "an order": (5, tasks.place_order, []),
     "import": (20, tasks.import_products, []),
     "new prices": (60, tasks.change_prices, []),
@@ -17,8 +20,6 @@ EVERY = {
 
 def make() -> int:
     """Make the entries that are not there; what somebody has changed stays. Returns how many were made."""
-    import json
-
     made = 0
     for name, (seconds, task, args) in EVERY.items():
         interval, _ = IntervalSchedule.objects.get_or_create(every=seconds, period=IntervalSchedule.SECONDS)
@@ -27,4 +28,4 @@ def make() -> int:
     night, _ = CrontabSchedule.objects.get_or_create(minute="0", hour="3")
     values = {"task": tasks.nightly_reports.name, "crontab": night}
     made += PeriodicTask.objects.get_or_create(name="nightly reports", defaults=values)[1]
-    return made
+    return int(made)

@@ -73,7 +73,7 @@ def import_products(self: SingletonTask) -> int:
     on_conflict=Conflict.wait(timeout=5, then="retry"),
 )
 def warm_cache(self: SingletonTask, page: str) -> int:
-    """Reads the catalog and keeps a page of it. Any number of these run beside each other, and none beside the writer."""
+    """Reads the catalog and keeps a page of it. Any number of these run beside each other, none beside the writer."""
     with written_down(self):
         rows = list(Product.objects.values_list("sku", "name", "cents"))
         work()
@@ -93,7 +93,7 @@ def change_prices(self: SingletonTask, percent: int = 1) -> int:
         changed = Product.objects.fenced(self.lock).update(cents=F("cents") * (100 + percent) / 100)
         work()
         cache.delete_many([f"catalog:{page}" for page in PAGES])
-        return changed
+        return int(changed)
 
 
 @singleton_task(

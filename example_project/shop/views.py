@@ -75,11 +75,11 @@ def _live() -> dict[str, Any]:
         in_line = [each["task_id"] for each in lock["waiting"]]
         waiting = JobRun.objects.filter(lock=lock["name"], state=JobRun.State.WAITING)
         lock["put_back"] = waiting.exclude(task_id__in=in_line).count()
-    counts = dict(JobRun.objects.order_by().values_list("state").annotate(Count("pk")))
+    counts: dict[str, int] = dict(JobRun.objects.order_by().values_list("state").annotate(Count("pk")))
     return {
         **seen,
         "jobs": [_job(run) for run in JobRun.objects.all()[:SHOWN]],
-        "counts": {str(state): counts.get(state, 0) for state in JobRun.State},
+        "counts": {state: counts.get(state, 0) for state in JobRun.State.values},
         "ticks": [
             {"entry": tick.entry, "due": _time(tick.due), "received": _time(tick.received), "task_id": tick.task_id}
             for tick in Tick.objects.all()[:6]

@@ -5,107 +5,128 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-
     initial = True
-
-    dependencies = [
-    ]
 
     operations = [
         migrations.CreateModel(
-            name='Account',
+            name="Account",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('name', models.CharField(max_length=80, unique=True)),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("name", models.CharField(max_length=80, unique=True)),
             ],
         ),
         migrations.CreateModel(
-            name='JobRun',
+            name="JobRun",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('task_id', models.CharField(db_index=True, max_length=80)),
-                ('task', models.CharField(max_length=80)),
-                ('lock', models.CharField(blank=True, db_index=True, max_length=200)),
-                ('press', models.CharField(blank=True, db_index=True, max_length=40)),
-                ('state', models.CharField(choices=[('sent', 'Sent'), ('waiting', 'Waiting'), ('running', 'Running'), ('done', 'Done'), ('skipped', 'Skipped'), ('failed', 'Failed'), ('cut short', 'Cut Short')], default='sent', max_length=10)),
-                ('sent', models.DateTimeField(auto_now_add=True)),
-                ('started', models.DateTimeField(null=True)),
-                ('ended', models.DateTimeField(null=True)),
-                ('worker', models.CharField(blank=True, max_length=80)),
-                ('pid', models.PositiveIntegerField(null=True)),
-                ('token', models.BigIntegerField(null=True)),
-                ('waits', models.PositiveIntegerField(default=0)),
-                ('because', models.CharField(blank=True, max_length=200)),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("task_id", models.CharField(db_index=True, max_length=80)),
+                ("task", models.CharField(max_length=80)),
+                ("lock", models.CharField(blank=True, db_index=True, max_length=200)),
+                ("press", models.CharField(blank=True, db_index=True, max_length=40)),
+                (
+                    "state",
+                    models.CharField(
+                        choices=[
+                            ("sent", "Sent"),
+                            ("waiting", "Waiting"),
+                            ("running", "Running"),
+                            ("done", "Done"),
+                            ("skipped", "Skipped"),
+                            ("failed", "Failed"),
+                            ("cut short", "Cut Short"),
+                        ],
+                        default="sent",
+                        max_length=10,
+                    ),
+                ),
+                ("sent", models.DateTimeField(auto_now_add=True)),
+                ("started", models.DateTimeField(null=True)),
+                ("ended", models.DateTimeField(null=True)),
+                ("worker", models.CharField(blank=True, max_length=80)),
+                ("pid", models.PositiveIntegerField(null=True)),
+                ("token", models.BigIntegerField(null=True)),
+                ("waits", models.PositiveIntegerField(default=0)),
+                ("because", models.CharField(blank=True, max_length=200)),
             ],
             options={
-                'ordering': ('-pk',),
+                "ordering": ("-pk",),
             },
         ),
         migrations.CreateModel(
-            name='Product',
+            name="Product",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('fencing_token', models.BigIntegerField(default=0, editable=False)),
-                ('sku', models.CharField(max_length=20, unique=True)),
-                ('name', models.CharField(max_length=80)),
-                ('cents', models.PositiveIntegerField()),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("fencing_token", models.BigIntegerField(default=0, editable=False)),
+                ("sku", models.CharField(max_length=20, unique=True)),
+                ("name", models.CharField(max_length=80)),
+                ("cents", models.PositiveIntegerField()),
             ],
             options={
-                'abstract': False,
+                "abstract": False,
             },
         ),
         migrations.CreateModel(
-            name='Order',
+            name="Order",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('quantity', models.PositiveSmallIntegerField(default=1)),
-                ('cents', models.PositiveIntegerField()),
-                ('state', models.CharField(choices=[('new', 'New'), ('sent', 'Sent')], default='new', max_length=8)),
-                ('reference', models.CharField(blank=True, max_length=40)),
-                ('created', models.DateTimeField(auto_now_add=True)),
-                ('account', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='orders', to='shop.account')),
-                ('product', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, to='shop.product')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("quantity", models.PositiveSmallIntegerField(default=1)),
+                ("cents", models.PositiveIntegerField()),
+                ("state", models.CharField(choices=[("new", "New"), ("sent", "Sent")], default="new", max_length=8)),
+                ("reference", models.CharField(blank=True, max_length=40)),
+                ("created", models.DateTimeField(auto_now_add=True)),
+                (
+                    "account",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="orders", to="shop.account"
+                    ),
+                ),
+                ("product", models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, to="shop.product")),
             ],
         ),
         migrations.CreateModel(
-            name='Stock',
+            name="Stock",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('fencing_token', models.BigIntegerField(default=0, editable=False)),
-                ('pieces', models.PositiveIntegerField(default=0)),
-                ('product', models.OneToOneField(on_delete=django.db.models.deletion.CASCADE, to='shop.product')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("fencing_token", models.BigIntegerField(default=0, editable=False)),
+                ("pieces", models.PositiveIntegerField(default=0)),
+                ("product", models.OneToOneField(on_delete=django.db.models.deletion.CASCADE, to="shop.product")),
             ],
             options={
-                'abstract': False,
+                "abstract": False,
             },
         ),
         migrations.CreateModel(
-            name='Tick',
+            name="Tick",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('entry', models.CharField(max_length=200)),
-                ('due', models.DateTimeField()),
-                ('task_id', models.CharField(max_length=80)),
-                ('received', models.DateTimeField(auto_now_add=True)),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("entry", models.CharField(max_length=200)),
+                ("due", models.DateTimeField()),
+                ("task_id", models.CharField(max_length=80)),
+                ("received", models.DateTimeField(auto_now_add=True)),
             ],
             options={
-                'ordering': ('-pk',),
-                'constraints': [models.UniqueConstraint(fields=('entry', 'due', 'task_id'), name='a_message_once')],
+                "ordering": ("-pk",),
+                "constraints": [models.UniqueConstraint(fields=("entry", "due", "task_id"), name="a_message_once")],
             },
         ),
         migrations.CreateModel(
-            name='Report',
+            name="Report",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('fencing_token', models.BigIntegerField(default=0, editable=False)),
-                ('day', models.DateField()),
-                ('orders', models.PositiveIntegerField(default=0)),
-                ('cents', models.PositiveBigIntegerField(default=0)),
-                ('written', models.PositiveIntegerField(default=0)),
-                ('account', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='reports', to='shop.account')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("fencing_token", models.BigIntegerField(default=0, editable=False)),
+                ("day", models.DateField()),
+                ("orders", models.PositiveIntegerField(default=0)),
+                ("cents", models.PositiveBigIntegerField(default=0)),
+                ("written", models.PositiveIntegerField(default=0)),
+                (
+                    "account",
+                    models.ForeignKey(
+                        on_delete=django.db.models.deletion.CASCADE, related_name="reports", to="shop.account"
+                    ),
+                ),
             ],
             options={
-                'constraints': [models.UniqueConstraint(fields=('account', 'day'), name='one_report_a_day')],
+                "constraints": [models.UniqueConstraint(fields=("account", "day"), name="one_report_a_day")],
             },
         ),
     ]
