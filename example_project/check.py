@@ -100,7 +100,7 @@ class Check:
         grow = all(one < later for one, later in itertools.pairwise(tokens))
         workers = len({(run.worker, run.pid) for run in ran})
         self.promise(ran and not at_once, f"{len(ran)} ran, in {workers} processes, {at_once or 'no'} pairs at once")
-        self.promise(grow, f"fencing tokens grow: {tokens}")
+        self.promise(grow, f"fencing tokens {'grow' if grow else 'do not grow'}: {tokens}")
 
     def skipped(self) -> None:
         jobs = self.browser.ended(self.browser.press("import"), self.patience)

@@ -126,12 +126,11 @@ class Shop:
         subprocess.run(made, cwd=ROOT, env=self._environment, check=True, stdout=subprocess.DEVNULL)
         page = self._run("page", manage, "runserver", "--noreload", host)
         workers = [self._celery(name, "worker", "-c", "3", "-n", f"{name}@%h") for name in ("worker1", "worker2")]
-        for worker in workers:
-            worker.wait_until(lambda worker=worker: " ready." in worker.said())  # type: ignore[misc]
+        beats = [self._celery(name, "beat", "-S", "etcd_lock", "--pidfile=") for name in ("beat1", "beat2")]
         page.wait_until(lambda: _answers(f"{self.url}/healthy"))
-        for name in ("beat1", "beat2"):
-            beat = self._celery(name, "beat", "-S", "etcd_lock", "--pidfile=")
-            beat.wait_until(lambda beat=beat: "beat: Starting" in beat.said())  # type: ignore[misc]
+        for parts, says in ((workers, " ready."), (beats, "beat: Starting")):
+            for part in parts:
+                part.wait_until(lambda part=part, says=says: says in part.said())  # type: ignore[misc]
 
     def _celery(self, name: str, *command: str) -> Process:
         return self._run(name, "-m", "celery", "-A", "example_project.shop", *command, "-l", "info")
