@@ -73,10 +73,13 @@ class Process:
         if self.ended is None:
             self._process.terminate()
 
-    def close(self) -> None:
-        """Wait for its end, and kill what is left of it then."""
+    def wait(self, deadline: float) -> None:
+        """For its end, until that moment of the monotonic clock."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE)
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+
+    def kill(self) -> None:
+        """What is left of it, children too."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
@@ -102,12 +105,17 @@ class Shop:
         self.close()
 
     def close(self) -> None:
-        # Beats first: what they would send now nobody would take.
-        for part in reversed(self.parts):
-            part.stop()
-        for part in self.parts:
-            part.close()
-        self._ends.close()
+        """End all of it. Ctrl-C meanwhile: at once."""
+        try:
+            for part in reversed(self.parts):  # beats first: what they would send now nobody would take
+                part.stop()
+            deadline = time.monotonic() + GRACE
+            for part in self.parts:
+                part.wait(deadline)
+        finally:
+            for part in self.parts:
+                part.kill()
+            self._ends.close()
 
     def _start(self) -> None:
         parent = ROOT / ".example"
