@@ -55,7 +55,12 @@ CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 # longer is delivered twice; it runs once all the same, for its lock knows the message.
 CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_REJECT_ON_WORKER_LOST = True
-CELERY_BROKER_TRANSPORT_OPTIONS = {"visibility_timeout": 30}
+CELERY_BROKER_TRANSPORT_OPTIONS = {
+    "visibility_timeout": 30,
+    # A worker looks for such messages every 5 seconds, and not every 100. (From kombu 5.7 on; before, these say nothing.)
+    "unacked_restore_interval": 5,
+    "unacked_restore_throttle": 1,
+}
 
 # The schedule is in the database. Beats are started with `-S etcd_lock`, which wraps this scheduler.
 CELERY_BEAT_SCHEDULER = "django_celery_beat.schedulers:DatabaseScheduler"
