@@ -24,7 +24,7 @@ _OPEN = (State.SENT, State.WAITING)
 
 @lock_contended.connect
 def met_another(record: ContendedRecord, **_: object) -> None:
-    """Somebody else holds the lock. A copy of a message that runs or has run is no job of its own: it will be dropped."""
+    """Somebody else holds the lock. A copy of a message that runs, or has run, is no job of its own."""
     run = _row(record.task_id, record.task)
     if run.pk is None and JobRun.objects.filter(task_id=record.task_id).exists():
         return
