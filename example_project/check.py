@@ -29,7 +29,7 @@ from typing import Any
 from example_project.demo.record import Run, overlaps
 
 ENDED = frozenset({"done", "skipped", "failed"})
-AFTER_A_KILL = 120.0
+AFTER_A_KILL = 150.0
 """Seconds in which the messages of a worker that was killed come again, and are run: the broker gives them back."""
 A_LEASE = 30.0
 """Seconds after which the lock of a worker that was killed is surely free: three times what the shop's settings say."""
@@ -167,7 +167,12 @@ class Check:
         self.promise(took < A_LEASE, f"{victim} was killed, and the next report began {took:.1f} s later")
         again = {job["task_id"] for job in jobs if job["state"] == "cut short"}
         made = {job["task_id"] for job in whole if job["state"] == "done"}
-        self.promise(again <= made, f"what was cut short ({len(again)}) was made again: {_said(jobs)}")
+        if again:
+            self.promise(again <= made, f"what was cut short was made again: {_said(jobs)}")
+        else:
+            print(
+                f"         {victim} died between two reports, so that nothing was cut short: SHOP_JOB_SECONDS=3 makes it likelier"
+            )
         lost = 10 - len(made)
         if lost:
             print(
