@@ -170,9 +170,7 @@ class Check:
         if again:
             self.promise(again <= made, f"what was cut short was made again: {_said(jobs)}")
         else:
-            print(
-                f"         {victim} died between two reports, so that nothing was cut short: SHOP_JOB_SECONDS=3 makes it likelier"
-            )
+            print(f"         {victim} died between two reports: nothing was cut short; SHOP_JOB_SECONDS=3 helps")
         lost = 10 - len(made)
         if lost:
             print(
