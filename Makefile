@@ -10,7 +10,7 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check format clean
+.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check docs format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ check: $(VENV)/.dev ## ruff, mypy and the import contracts
 	@$(bin)/mypy
 	@$(bin)/lint-imports --no-logo --no-cache
 
+docs: $(VENV)/.docs ## these pages as a site, in build/docs; a warning fails
+	@$(bin)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	@echo "build/docs/index.html"
+
 format: $(VENV)/.dev ## put the code into ruff's form
 	@$(bin)/ruff format --quiet
 	@$(bin)/ruff check --fix --quiet
@@ -74,7 +78,7 @@ $(VENV)/grpc-oldest/.there $(VENV)/celery-oldest/.there: $(VENV)/%-oldest/.there
 	@test -d $(@D)/$* || { echo "$< names no oldest $* for this Python"; exit 1; }
 	@touch $@
 
-# One virtualenv; .demo, .test and .dev in it say which of the package's extras it holds. (Debian's Python has no
+# One virtualenv; .demo, .test, .docs and .dev in it say which of the package's extras it holds. (Debian's Python has no
 # ensurepip unless python3-venv is there: then pip puts a pip into it.)
 $(VENV)/bin/python:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
@@ -83,7 +87,7 @@ $(VENV)/bin/python:
 	       && $(PYTHON) -m pip -qq --disable-pip-version-check --python $(VENV)/bin/python install pip; } \
 	  || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing the package with its extra '$*' into $(VENV)"
 	@$(bin)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
 	@touch $@
