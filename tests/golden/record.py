@@ -94,14 +94,14 @@ def _queued(url: str, look: Look) -> None:
 
 def _waiting(url: str, look: Look) -> None:
     app = make(url)
-    with closing(Session.open(url)) as session, Mutex(session, app.tasks["shop.index"].lock_name((42,))).acquire():
+    with closing(Session.open(url)) as session, Mutex(session, "/celery/locks/shop.index/value=42").acquire():
         run(app, "shop.index", "t-index", 42)
         look()
 
 
 def _put_back(url: str, look: Look) -> None:
     app = make(url)
-    with closing(Session.open(url)) as session, Mutex(session, app.tasks["shop.charge"].lock_name((42,))).acquire():
+    with closing(Session.open(url)) as session, Mutex(session, "/celery/locks/shop.charge/value=42").acquire():
         run(app, "shop.charge", "t-charge", 42, **COPY)
         look()
 

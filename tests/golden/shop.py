@@ -59,5 +59,6 @@ def run(
     task: Any = app.tasks[name]
     task.work = work or (lambda value: value)
     message = {"id": task_id, "task": name, "args": args, "kwargs": {}, "delivery_info": {}, **request}
-    ended = build_tracer(name, task, app=app)(task_id, args, {}, message)
+    tracer: Any = build_tracer(name, task, app=app)
+    ended = tracer(task_id, args, {}, message)
     return ended.info.state if ended.info else "SUCCESS"
