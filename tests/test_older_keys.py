@@ -204,6 +204,13 @@ class TestMarks:
         assert run(app, "shop.charge", "t-charge", 42, **{**COPY, "headers": {"etcd_lock": header}}) == "SUCCESS"
 
 
+def test_a_header_with_a_field_of_a_newer_version(left: Left, app: Celery) -> None:
+    """Says nothing, where it begins with ``_``; another name is a mistake of its publisher, as ever."""
+    header = {"of": "t-1", "nonce": "0123456789ab", "_since": 3}
+    assert run(app, "shop.sync", "t-1", 42, headers={"etcd_lock": header}) == "SUCCESS"
+    assert run(app, "shop.sync", "t-1", 42, headers={"etcd_lock": {**header, "since": 3}}) == "FAILURE"
+
+
 class TestBeat:
     @pytest.fixture
     def published(self) -> Iterator[list[str]]:
