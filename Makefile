@@ -10,7 +10,7 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check docs format clean
+.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check types docs matrix format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,12 +63,18 @@ docs: $(VENV)/.docs ## these pages as a site, in build/docs; a warning fails
 	@$(bin)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
 	@echo "build/docs/index.html"
 
+types: $(VENV)/.dev ## the public API as a user has it: mypy and pyright (which needs node), with celery-types and without
+	@$(bin)/nox -s types
+
+matrix: $(VENV)/.dev ## some tests with each Python, Celery, urllib3 and etcd of the matrix that this machine has: `nox -l`
+	@$(bin)/nox -s tests
+
 format: $(VENV)/.dev ## put the code into ruff's form
 	@$(bin)/ruff format --quiet
 	@$(bin)/ruff check --fix --quiet
 
 clean: ## remove what make made
-	@rm -rf $(VENV) .tools .demo build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) .nox .tools .demo build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Beside what is installed, and found before it by who has it on PYTHONPATH.

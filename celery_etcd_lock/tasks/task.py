@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from celery import Task
 from celery.utils import uuid
 
+from celery_etcd_lock import events, logs
 from celery_etcd_lock.exceptions import ConfigError, LockContended
 from celery_etcd_lock.locks.queue import EXCLUSIVE, Mode
 from celery_etcd_lock.settings import Settings
-from celery_etcd_lock.tasks import options, publish
+from celery_etcd_lock.tasks import discarded, options, publish
 from celery_etcd_lock.tasks.conflict import Conflict
 from celery_etcd_lock.tasks.current import TaskLock, Unlocked, enter, lock_of, set_lock
 from celery_etcd_lock.tasks.guard import run_alone
@@ -283,3 +284,9 @@ def _options_set(cls: type[SingletonTask]) -> list[str]:
             break
         names += [name for name in vars(base) if not name.startswith("_")]
     return names
+
+
+# What listens, for everybody who has such tasks, and for beats, which import this as well.
+logs.connect()
+events.connect()
+discarded.connect()
