@@ -22,6 +22,7 @@ from celery_etcd_lock.cli.story_html import page
 from celery_etcd_lock.cli.story_text import Drawn, lines
 from celery_etcd_lock.cli.tables import terminal_width
 from celery_etcd_lock.cli.timeline import Scope, Timeline
+from celery_etcd_lock.cli.which import lock_meant
 from celery_etcd_lock.etcd.api import Event, KeyValue, Transport
 from celery_etcd_lock.exceptions import ConfigError, PermissionDenied
 from celery_etcd_lock.locks.queue import checked_name
@@ -47,6 +48,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
 
 @click.command(cls=CeleryCommand)
 @click.argument("lock", metavar="[TASK | LOCK]", required=False, default="")
+@click.argument("key", required=False)
 @click.option(
     "--since",
     cls=CeleryOption,
@@ -88,17 +90,32 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
 )
 @click.pass_context
 def history(
-    ctx: click.Context, lock: str, since: float, limit: int, look_back: int, as_json: bool, as_html: bool
+    ctx: click.Context,
+    lock: str,
+    key: str | None,
+    since: float,
+    limit: int,
+    look_back: int,
+    as_json: bool,
+    as_html: bool,
 ) -> None:
     """Who held which lock when, and who waited.
 
-    Of all tasks, of one TASK, or of one LOCK by its name in etcd (with a leading /). It is read from the revisions
-    that etcd still keeps, and nothing is written. etcd keeps them until it is compacted, and has no times. Who comes
-    says when; when somebody went lies between the times of who came before and after, and is shown as about.
-    """
+    \b
+    Of all tasks, of one TASK, or of one LOCK: a task's name and a key, as `ls` shows
+    them, or its arguments as JSON; or the lock's name in etcd:
+    celery -A proj etcd-lock history shop.sync --since 15m
+    celery -A proj etcd-lock history shop.sync account_id=42
+
+    It is read from the revisions that etcd still keeps, and nothing is written. etcd keeps them until it is compacted,
+    and has no times. Who comes says when; when somebody went lies between the times of who came before and after, and
+    is shown as about.
+    """  # noqa: D301 - click's mark for lines that stay
     if as_json and as_html:
         raise click.UsageError("--json and --html are two forms: write one", ctx)
     app, limits = ctx.obj.app, limits_of(ctx.obj.app)
+    if key is not None:
+        lock = lock_meant(app, lock, [key]).name
     with connected(ctx) as etcd:
         story = read(
             etcd.transport,

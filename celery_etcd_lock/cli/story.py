@@ -61,7 +61,7 @@ class Story:
     """What happened before this is not told; Unix seconds, as all times here."""
     now: float
     left_out: int = 0
-    """How many stays that have ended are not told because of a limit."""
+    """How many stays are not told because of a limit."""
     misfits: dict[str, int] = field(default_factory=dict)
 
     def by_lock(self) -> list[tuple[str, list[Span]]]:
@@ -101,14 +101,15 @@ def tell(
     limit: int,
     dropped: int = 0,
 ) -> Story:
-    """The story of `stays` as far as they are not over before `since`: the `limit` that came last. `dropped`: how
+    """The story of `stays` as far as they are not over before `since`: the `limit` newest, those who hold it before
+    those who wait. `dropped`: how
     many there were besides that are told nowhere.
     """
     spans = [
         Span(stay, calendar.at(stay.came), _at(calendar, stay.let_in), _at(calendar, stay.gone), now) for stay in stays
     ]
     told = [span for span in spans if span.gone is None or span.gone.latest >= since]
-    newest = sorted(told, key=lambda span: (span.gone is None, span.stay.gone or 0, span.stay.came))[-limit:]
+    newest = sorted(told, key=_newness)[-limit:]
     chosen = {id(span) for span in newest}
     return Story(
         scope,
@@ -120,6 +121,11 @@ def tell(
         len(told) - len(chosen) + dropped,
         dict(calendar.misfits),
     )
+
+
+def _newness(span: Span) -> tuple[bool, bool, int, int]:
+    there = span.gone is None
+    return there, there and span.let_in is not None, span.stay.gone or 0, span.stay.came
 
 
 def iso(moment: float) -> str | None:

@@ -27,6 +27,12 @@ th { color: GrayText; } .came { width: 8em; } .span { width: 8em; text-align: ri
 svg { width: 100%; height: 14px; display: block; }
 .held { fill: var(--held); } .waited { fill: var(--line); } .perhaps { fill: var(--held); opacity: .45; }
 .ground { fill: var(--grid); opacity: .3; }
+@media (max-width: 50em) {  /* the drawing on a line of its own, the rest beside each other */
+  body { margin: 1em; } table, tbody { display: block; }
+  tr { display: grid; grid-template-columns: auto auto auto 1fr; margin-bottom: 4px; }
+  td, th { width: auto !important; text-align: left !important; }
+  td:nth-child(2), th:nth-child(2) { grid-area: 2 / 1 / 3 / 5; }
+}
 footer { margin-top: 2em; color: GrayText; }
 """
 

@@ -92,7 +92,7 @@ def notes(story: Story, drawn: Drawn) -> Iterator[str]:
     else:
         yield f"Read from revision {reach.start}, {when}, to {reach.head}; --look-back goes further."
     if story.left_out:
-        yield f"{story.left_out} more that have ended are not shown; --limit shows more."
+        yield f"{story.left_out} more are not shown; --limit shows more."
     if not reach.complete:
         yield "Not all of it was told by etcd in time: something may be missing at the end."
     for host, count in story.misfits.items():
