@@ -35,7 +35,7 @@ from tests.smoke.fleet import (
     QuietRedisContainer,
     WorkerContainer,
 )
-from tests.smoke.images import OLD_CELERY, BuildContext, build_arguments
+from tests.smoke.images import BuildContext, build_arguments
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def worker_context(tmp_path_factory: pytest.TempPathFactory) -> BuildContext:
 @pytest.fixture(scope="session")
 def old_worker_context(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> BuildContext:
     context = BuildContext(tmp_path_factory.mktemp("old-worker"))
-    said = f"the old worker has celery-etcd-lock of {context.take_old()}, and celery{OLD_CELERY}"
+    said = f"the old worker has celery-etcd-lock of {context.take_old()}, and the oldest Celery"
     reporter: Any = pytestconfig.pluginmanager.get_plugin("terminalreporter")
     reporter.write_line(f"\n{said}")
     return context
@@ -81,7 +81,7 @@ celery_base_worker_image = build(
 old_worker_image = build(
     path="{old_worker_context}",
     tag="celery-etcd-lock/smoke:old",
-    buildargs=build_arguments(OLD_CELERY),
+    buildargs=build_arguments(),
 )
 
 

@@ -134,6 +134,15 @@ class Fleet:
             reply = transport.range(Range(prefix, range_end=prefix_end(prefix)))
         return sorted(reply.kvs, key=lambda kv: kv.create_revision)
 
+    def logged_at(self, node: CeleryTestNode, *texts: str) -> str:
+        """When `node` first logged a line with all these `texts`; by the engine's clock, which is one for all nodes."""
+
+        def line() -> str:
+            lines = _docker_container(node.container).logs(timestamps=True).decode(errors="replace").splitlines()
+            return next((line for line in lines if all(text in line for text in texts)), "")
+
+        return str(until(line, f"{texts} in the log of {node.name()}")).partition(" ")[0]
+
     def strike(self, node: CeleryTestNode, what: Callable[[Any], object]) -> None:
         """Do `what` to Docker's own container of `node`."""
         what(_docker_container(node.container))

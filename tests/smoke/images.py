@@ -8,21 +8,19 @@ import shutil
 import subprocess
 from pathlib import Path
 
-__all__ = ["OLD", "OLD_CELERY", "BuildContext", "build_arguments"]
+__all__ = ["OLD", "BuildContext", "build_arguments"]
 
 OLD = "b2bc59379933f23a881605a2deb33b470bdb1a91"
 """What runs beside this tree in a rolling deploy: the layout of etcd's keys must not have changed since."""
-
-OLD_CELERY = "==5.4.0"
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PIP = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT")  # as in the Dockerfile
 _PACKAGE = ("celery_etcd_lock", "pyproject.toml", "README.md", "LICENSE")
 
 
-def build_arguments(celery: str = "") -> dict[str, str]:
-    """For the Dockerfile beside this file: which Celery, and what tells pip here where to look."""
-    return {"CELERY": celery} | {name: os.environ[name] for name in _PIP if name in os.environ}
+def build_arguments() -> dict[str, str]:
+    """For the Dockerfile beside this file: what tells pip here where to look."""
+    return {name: os.environ[name] for name in _PIP if name in os.environ}
 
 
 class BuildContext:
@@ -30,8 +28,10 @@ class BuildContext:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        shutil.copy(Path(__file__).with_name("Dockerfile"), folder)
         self._package = folder / "package"
+        self._constraints = folder / "constraints.txt"
+        self._constraints.touch()
+        shutil.copy(Path(__file__).with_name("Dockerfile"), folder)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -47,7 +47,8 @@ class BuildContext:
                 shutil.copy(source, target)
 
     def take_old(self) -> str:
-        """The package of the commit `OLD`, else this one under another version; which of them, in words."""
+        """The package of the commit `OLD`, else this one under another version, and the oldest Celery; in words."""
+        shutil.copy(_ROOT / "tests" / "celery-oldest.txt", self._constraints)
         command = ["git", "-C", str(_ROOT), "archive", OLD, *_PACKAGE]
         try:
             packed = subprocess.run(command, check=True, capture_output=True).stdout

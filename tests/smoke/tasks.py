@@ -12,6 +12,7 @@ import socket
 import time
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import redis
 from celery import shared_task
@@ -34,49 +35,53 @@ return 1
 
 
 def store() -> Any:
-    """Gives up after a second: a worker that was cut off has to find out about its lock, not about this."""
-    url = os.environ["CELERY_RESULT_BACKEND"]
-    return redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+    """Gives up after a second, and resolves no name later on: a lost lock can end no body that hangs in there."""
+    url = urlsplit(os.environ["CELERY_RESULT_BACKEND"])
+    address = socket.gethostbyname(url.hostname or "")
+    return redis.Redis(address, url.port or 6379, socket_timeout=1, retry=Retry(NoBackoff(), 0))
 
 
-def note(what: str, **more: Any) -> None:
-    store().rpush(RECORD, json.dumps({"what": what, "host": socket.gethostname(), **more}))
+def note(store: Any, what: str, **more: Any) -> None:
+    store.rpush(RECORD, json.dumps({"what": what, "host": socket.gethostname(), **more}))
 
 
-def let_go(mark: str) -> bool:
+def let_go(store: Any, mark: str) -> bool:
     with suppress(redis.RedisError):
-        return bool(store().exists(f"go {mark}"))
+        return bool(store.exists(f"go {mark}"))
     return False
 
 
-def put(name: str, token: int, mark: str) -> bool:
-    return bool(store().eval(FENCED_PUT, 1, f"row {name}", token, mark))
+def put(store: Any, name: str, token: int, mark: str) -> None:
+    written = store.eval(FENCED_PUT, 1, f"row {name}", token, mark)
+    note(store, "written" if written else "refused", mark=mark, token=token)
 
 
 @singleton_task(bind=True, unique_on="name", on_conflict=Conflict.retry(countdown=0.5))
 def write(self: Any, name: str, mark: str) -> str:
     """Hold the lock on `name` until the test says "go `mark`", and write; if it is lost, try to write all the same."""
-    token = self.lock.fencing_token
-    note("began", mark=mark, token=token)
+    here, token = store(), self.lock.fencing_token
+    log.warning("began %s", mark)
+    note(here, "began", mark=mark, token=token)
     try:
-        while not let_go(mark):
+        while not let_go(here, mark):
             time.sleep(0.05)
     except LockLost:
-        log.warning("lost by %s", mark)
+        log.warning("gave up %s", mark)
         with suppress(redis.RedisError):
-            note("lost", mark=mark, token=token)
-            note("written" if put(name, token, mark) else "refused", mark=mark, token=token)
+            note(here, "lost", mark=mark, token=token)
+            put(here, name, token, mark)
         raise
-    note("written" if put(name, token, mark) else "refused", mark=mark, token=token)
+    put(here, name, token, mark)
     return mark
 
 
 def count(counter: str) -> None:
     """Count as nobody should: two that do so at once count one."""
-    here, before = store(), int(store().get(counter) or 0)
+    here = store()
+    before = int(here.get(counter) or 0)
     time.sleep(0.1)
     here.set(counter, before + 1)
-    note("counted", counter=counter)
+    note(here, "counted", counter=counter)
 
 
 @singleton_task(lock_key="all", on_conflict=Conflict.retry(backoff=0.2, backoff_max=1))
@@ -97,4 +102,4 @@ def once(name: str) -> str:
 @shared_task(bind=True, ignore_result=True)
 def tick(self: Any) -> None:
     """What the beats send; due when, says the header."""
-    note("tick", due=(self.request.headers or {})["etcd_lock_beat"]["due"], id=self.request.id)
+    note(store(), "tick", due=(self.request.headers or {})["etcd_lock_beat"]["due"], id=self.request.id)
