@@ -83,8 +83,8 @@ $(VENV)/grpc-oldest/.there $(VENV)/celery-oldest/.there: $(VENV)/%-oldest/.there
 	@test -d $(@D)/$* || { echo "$< names no oldest $* for this Python"; exit 1; }
 	@touch $@
 
-# One virtualenv (and that of smoke); .demo, .test and so on in it say which of the package's extras it holds. (Debian's Python has no
-# ensurepip unless python3-venv is there: then pip puts a pip into it.)
+# One virtualenv, and that of smoke; .demo, .test and so on in it say which of the package's extras it holds.
+# (Debian's Python has no ensurepip unless python3-venv is there: then pip puts a pip into it.)
 $(VENV)/bin/python:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \

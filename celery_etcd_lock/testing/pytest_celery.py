@@ -114,8 +114,10 @@ class EtcdContainer(CeleryTestContainer):
 
     @property
     def host_url(self) -> str:
-        """Where it is for the test."""
-        return f"{self.prefix()}127.0.0.1:{self.port}"
+        """Where it is for the test; not the same after a restart."""
+        self._wait_port(_PORT)
+        host, port = self.get_addr(_PORT)
+        return f"{self.prefix()}{host}:{port}"
 
     @property
     def hostname(self) -> str:
@@ -123,7 +125,7 @@ class EtcdContainer(CeleryTestContainer):
 
     @property
     def port(self) -> int:
-        """On the host, where 2379 is inside; another one after a restart."""
+        """Of the host, which leads to 2379 in the container."""
         return int(self._wait_port(_PORT))
 
     @classmethod
@@ -148,8 +150,8 @@ class EtcdContainer(CeleryTestContainer):
 
     def get_open_tcp_ports(self) -> list[str]:
         """2379, once etcd answers there and has a leader. (Asked from outside: etcd's image has no program to ask.)"""
-        _, port = self.get_addr(_PORT)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        host, port = self.get_addr(_PORT)
+        connection = http.client.HTTPConnection(host, port, timeout=2)
         try:
             connection.request("GET", "/health")
             healthy = b'"true"' in connection.getresponse().read()

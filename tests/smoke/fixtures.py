@@ -35,17 +35,22 @@ from tests.smoke.fleet import (
     QuietRedisContainer,
     WorkerContainer,
 )
-from tests.smoke.images import BuildContext, build_arguments
+from tests.smoke.images import SAID, BuildContext, build_arguments
+from tests.workers import collect_garbage
 
 
 @pytest.fixture(scope="session")
 def docker_client() -> Iterator[Any]:
     """The engine; without one the tests are skipped, and under ``CI`` fail."""
+    missing = ""
     try:
         client = docker.from_env()
         client.ping()
-    except docker.errors.DockerException as missing:
-        skip_or_fail(f"no Docker engine: {missing}")
+    except docker.errors.DockerException as error:
+        missing = f"no Docker engine: {error}"
+    if missing:
+        collect_garbage()  # it leaves a socket open
+        skip_or_fail(missing)
     with pytest.MonkeyPatch.context() as patch:
         # It takes a machine with a /.dockerenv for a container of the engine's own, whose ports it then would not ask.
         patch.setattr("pytest_docker_tools.wrappers.container.tests_inside_container", lambda: False)
@@ -66,9 +71,7 @@ def worker_context(tmp_path_factory: pytest.TempPathFactory) -> BuildContext:
 @pytest.fixture(scope="session")
 def old_worker_context(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> BuildContext:
     context = BuildContext(tmp_path_factory.mktemp("old-worker"))
-    said = f"the old worker has celery-etcd-lock of {context.take_old()}, and the oldest Celery"
-    reporter: Any = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    reporter.write_line(f"\n{said}")
+    pytestconfig.stash[SAID] = f"the old worker has celery-etcd-lock of {context.take_old()}, and the oldest Celery"
     return context
 
 

@@ -8,10 +8,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
-__all__ = ["OLD", "BuildContext", "build_arguments"]
+import pytest
+
+__all__ = ["OLD", "SAID", "BuildContext", "build_arguments"]
 
 OLD = "b2bc59379933f23a881605a2deb33b470bdb1a91"
 """What runs beside this tree in a rolling deploy: the layout of etcd's keys must not have changed since."""
+
+SAID = pytest.StashKey[str]()
+"""For the summary of a run: what the old worker was made of."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PIP = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST", "PIP_DEFAULT_TIMEOUT")  # as in the Dockerfile
