@@ -10,7 +10,8 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat smoke check format clean
+.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat smoke
+.PHONY: check format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
