@@ -10,7 +10,8 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check types docs matrix format clean
+.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat smoke
+.PHONY: check types docs matrix format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,15 @@ chaos: $(VENV)/.test ## locks under faults for SECONDS=120, and whether they exc
 chaos-beat: $(VENV)/.test ## three beats under faults for SECONDS=300, and whether every tick was sent once; SEED=… as above
 	@$(bin)/python -m tests.beat.chaos --seconds=$(or $(SECONDS),300) $(if $(SEED),--seed=$(SEED)) $(ARGS)
 
+# In a virtualenv of its own: pytest-celery's plugin loads wherever it is installed, and changes fixtures and the
+# releases of other packages, which make test must not depend on.
+smoke: ## broker, backend, etcd, workers and beats in containers, by pytest-celery; needs Docker
+	@$(MAKE) --no-print-directory VENV=$(VENV)-smoke smoke-here
+
+.PHONY: smoke-here
+smoke-here: $(VENV)/.pytest-celery
+	@$(bin)/python -m pytest tests/smoke $(ARGS)
+
 check: $(VENV)/.dev ## ruff, mypy and the import contracts
 	@$(bin)/ruff check
 	@$(bin)/ruff format --check
@@ -74,7 +84,8 @@ format: $(VENV)/.dev ## put the code into ruff's form
 	@$(bin)/ruff check --fix --quiet
 
 clean: ## remove what make made
-	@rm -rf $(VENV) .nox .tools .demo build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(VENV)-smoke .nox .tools .demo build dist
+	@rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Beside what is installed, and found before it by who has it on PYTHONPATH.
@@ -84,8 +95,8 @@ $(VENV)/grpc-oldest/.there $(VENV)/celery-oldest/.there: $(VENV)/%-oldest/.there
 	@test -d $(@D)/$* || { echo "$< names no oldest $* for this Python"; exit 1; }
 	@touch $@
 
-# One virtualenv; .demo, .test, .docs and .dev in it say which of the package's extras it holds. (Debian's Python has no
-# ensurepip unless python3-venv is there: then pip puts a pip into it.)
+# One virtualenv, and that of smoke; .demo, .test and so on in it say which of the package's extras it holds.
+# (Debian's Python has no ensurepip unless python3-venv is there: then pip puts a pip into it.)
 $(VENV)/bin/python:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
@@ -93,7 +104,7 @@ $(VENV)/bin/python:
 	       && $(PYTHON) -m pip -qq --disable-pip-version-check --python $(VENV)/bin/python install pip; } \
 	  || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $(VENV)/.pytest-celery: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing the package with its extra '$*' into $(VENV)"
 	@$(bin)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
 	@touch $@
