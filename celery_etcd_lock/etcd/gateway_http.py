@@ -12,6 +12,7 @@ import os
 import socket
 import ssl
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
@@ -128,6 +129,7 @@ class Endpoint:
         self._authority = parts.netloc
         self._closed = False
         self._idle: deque[HTTPConnection] = deque()
+        weakref.finalize(self, _close_all, self._idle)  # of who forgets to close it
         self._head: tuple[Mapping[str, str], bytes] | None = None
 
     def _connected(self, timeout: float) -> HTTPConnection:
@@ -157,12 +159,7 @@ class Endpoint:
         else:
             connection.close()
         if self._closed:
-            self._close_idle()
-
-    def _close_idle(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self._idle.pop().close()
+            _close_all(self._idle)
 
     def _head_of(self, headers: Mapping[str, str]) -> bytes:
         known = self._head
@@ -234,7 +231,7 @@ class Endpoint:
 
     def close(self) -> None:
         self._closed = True
-        self._close_idle()
+        _close_all(self._idle)
         self.drop_streams("closed")
 
     def after_fork(self) -> None:
@@ -243,9 +240,8 @@ class Endpoint:
         The copies of the descriptors are closed, no more: no TLS farewell, no shutdown, and no lock that
         another thread may have held at the fork.
         """
-        idle, self._idle = self._idle, deque()
-        for connection in idle:
-            _close_descriptor(connection.sock)
+        while self._idle:
+            _close_descriptor(self._idle.pop().sock)
         for stream in self.streams:
             stream.after_fork()
         self.streams = set()
@@ -314,6 +310,12 @@ class Stream:
     def after_fork(self) -> None:
         self.why = "it belongs to the process that was forked"
         _close_descriptor(self._socket)
+
+
+def _close_all(idle: deque[HTTPConnection]) -> None:
+    with contextlib.suppress(IndexError):
+        while True:
+            idle.pop().close()
 
 
 def _close_descriptor(sock: socket.socket | None) -> None:
