@@ -23,6 +23,8 @@ from benchmarks.contenders import floor, others, ours
 KINDS: dict[str, Callable[[str, int], Callable[[str], Callable[[], object]]]] = {
     "floor-grpc": floor.over_grpc,
     "floor-gateway": floor.over_gateway,
+    "same-grpc": functools.partial(floor.over_grpc, guarded=True),
+    "same-gateway": functools.partial(floor.over_gateway, guarded=True),
     "ours-grpc": functools.partial(ours.over, transport="grpc"),
     "ours-gateway": functools.partial(ours.over, transport="gateway"),
     "etcd3": others.etcd3,

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from celery import Celery
+
+from benchmarks.contenders import floor
 
 BROKER = os.environ["BENCH_BROKER"]
 QUEUE = os.environ["BENCH_QUEUE"]
@@ -48,6 +51,22 @@ def holds(key: str, seconds: float) -> None:
 
 
 app.task(name="plain", shared=False)(nothing)
+
+
+_takes: dict[str, Callable[[str], Callable[[], object]]] = {}
+"""By wire, made in the child that runs."""
+
+
+def bare_pair(number: int, wire: str) -> int:
+    """A body that sends the floor's pair of requests, and does nothing else."""
+    if wire not in _takes:
+        over = floor.over_grpc if wire == "grpc" else floor.over_gateway
+        _takes[wire] = over(os.environ["BENCH_ETCD"], 3600)
+    _takes[wire](f"/bare/{number}")()
+    return number
+
+
+app.task(name="bare_pair", shared=False)(bare_pair)
 
 kinds = os.environ.get("BENCH_TASKS", "ours,peers").split(",")
 

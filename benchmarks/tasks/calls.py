@@ -18,6 +18,8 @@ __all__ = ["publishing", "results"]
 NAMES = {
     "plain": "a plain task", "ours": "celery-etcd-lock", "once": "celery-once", "singleton": "celery-singleton",
     "heimdall": "celery-heimdall", "ours-gateway": "celery-etcd-lock, gateway", "ours-grpc": "celery-etcd-lock, gRPC",
+    "floor-gateway": "a plain task that sends the bare pair, gateway",
+    "floor-grpc": "a plain task that sends the bare pair, gRPC",
 }  # fmt: skip
 
 _numbers = itertools.count()
@@ -68,15 +70,17 @@ def results(stage: Stage) -> Section:
     with Worker(stage, "gateway") as gateway, Worker(stage, "grpc") as grpc:
         tasks = {name: gateway.app.tasks[name] for name in ("plain", "once", "singleton", "heimdall")}
         tasks |= {"ours-gateway": gateway.app.tasks["ours"], "ours-grpc": grpc.app.tasks["ours"]}
-        tasks["plain-grpc"] = grpc.app.tasks["plain"]
+        tasks |= {"plain-grpc": grpc.app.tasks["plain"], "floor-grpc": grpc.app.tasks["bare_pair"]}
+        tasks["floor-gateway"] = gateway.app.tasks["bare_pair"]
 
         def block(name: str) -> Sequence[float]:
             seconds = []
+            more = (name.partition("-")[2],) if name.startswith("floor") else ()
             # heimdall's worker waits for the lock that its own message holds, a second by default: one is enough.
             for _ in range(1 if name == "heimdall" else stage.sizes.results):
                 number = next(_numbers)
                 began = time.perf_counter()
-                assert tasks[name].delay(number).get(timeout=30) == number
+                assert tasks[name].delay(number, *more).get(timeout=30) == number
                 seconds.append(time.perf_counter() - began)
             return seconds
 
@@ -86,8 +90,11 @@ def results(stage: Stage) -> Section:
         )
     section.add("publish to result over gRPC, to a plain task", contest.ratio("ours-grpc", "plain-grpc"), bar=1.6)
     section.add("publish to result over the gateway, to a plain task", contest.ratio("ours-gateway", "plain"), bar=2.0)
-    kinds = ["plain", "ours-grpc", "ours-gateway", "once", "singleton", "heimdall"]
-    for name in kinds[3:]:
+    kinds = ["plain", "floor-grpc", "floor-gateway", "ours-grpc", "ours-gateway", "once", "singleton", "heimdall"]
+    for wire, plain in (("grpc", "plain-grpc"), ("gateway", "plain")):
+        section.add(f"for comparison: {NAMES[f'floor-{wire}']}, to one that does not",
+                    contest.ratio(f"floor-{wire}", plain))  # fmt: skip
+    for name in kinds[5:]:
         section.add(f"for comparison: publish to result with {NAMES[name]}", contest.ratio(name, "plain"))
     rows = [(NAMES[name], milliseconds(contest.values(name)), times(contest.ratio(name, "plain"))) for name in kinds]
     section.tables.append(table(["", "median (quartiles)", "to a plain task"], rows))
