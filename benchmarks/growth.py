@@ -124,8 +124,8 @@ def held(stage: Stage) -> Section:
 
 
 def sessions(stage: Stage) -> Section:
-    """Sessions beside each other on one etcd, each with a lock held and one that it waits for."""
-    section = Section("sessions", "Processes: sessions on one etcd, each holding a lock and waiting for another")
+    """Sessions beside each other on one etcd, each with a lock that it holds."""
+    section = Section("sessions", "Processes: sessions on one etcd, each holding a lock")
     sizes, rows, curve = stage.sizes, [], []
     seconds = 3.0 if sizes.growth_rounds > 5 else 0.5
     for count in sizes.sessions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import plots
 from benchmarks.findings import Section, table
 from benchmarks.stage import Stage
 from celery_etcd_lock.locks import Mutex
@@ -16,6 +17,7 @@ def counted(stage: Stage) -> Section:
     """Requests for a lock, for a hand-over, and to keep a session."""
     section = Section("requests", "Requests to etcd, counted by etcd")
     etcd, rows = stage.quick_etcd, []
+    curves: dict[str, list[tuple[float, float]]] = {wire: [] for wire in WIRES}
     for wire in WIRES:
         times = 20
         with open_session(etcd, wire) as session:
@@ -38,6 +40,7 @@ def counted(stage: Stage) -> Section:
             with Crowd(etcd, wire, name, waiters=waiters, processes=processes) as crowd:
                 bill_of_all, took = crowd.hand_over()
             over = waiters + 1
+            curves[wire].append((waiters, took / over * 1e3))
             handed.append(requests(bill_of_all) / over)
             rows.append((wire, waiters, f"{handed[-1]:.2f}", f"{took / over * 1e3:.2f} ms"))
         most = max(handed)
@@ -55,5 +58,6 @@ def counted(stage: Stage) -> Section:
             what = "holding" if count else "idle"
             section.add(f"requests of a process in a TTL, {what}, {wire}", asked, bar=bar)
         section.raw[wire] = {"per_hand_over": dict(zip(stage.sizes.waiters, handed, strict=True))}
+    section.plots["waiters"] = plots.lines("A hand-over, with so many who wait", "waiters", "ms", curves)
     section.tables.append(table(["", "waiters", "requests of a hand-over", "time of one"], rows))
     return section
