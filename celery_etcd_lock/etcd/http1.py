@@ -19,6 +19,9 @@ _MOST = 65_536
 """Bytes of a status and its headers, and of one read."""
 
 
+_BEGINS = b"HTTP/1."
+
+
 class Answer(NamedTuple):
     """A status, a body, and whether the connection can be used again."""
 
@@ -65,9 +68,10 @@ def _goes_on(headers: Mapping[bytes, bytes]) -> bool:
 def _parsed(block: bytes) -> tuple[int, dict[bytes, bytes]]:
     first, *lines = block.split(b"\r\n")
     version, _, rest = first.partition(b" ")
-    if version != b"HTTP/1.1" or not rest[:3].isdigit():
+    if not version.startswith(_BEGINS) or not rest[:3].isdigit():
         raise http.client.BadStatusLine(first.decode("latin-1"))
-    headers = {}
+    # Of 1.0, which some proxies speak when they have nobody to ask, a connection ends with the answer.
+    headers = {} if version == b"HTTP/1.1" else {b"connection": b"close"}
     for line in lines:
         name, _, value = line.partition(b":")
         headers[name.lower()] = value.strip()
@@ -99,7 +103,7 @@ class _Reader:
 
     def until(self, mark: bytes) -> bytes:
         while mark not in self.left:
-            if len(self.left) >= _MOST or not b"HTTP/1.1 ".startswith(self.left[:9]):
+            if len(self.left) >= _MOST or not _BEGINS.startswith(self.left[: len(_BEGINS)]):
                 raise http.client.BadStatusLine(self.left[:_MOST].partition(b"\r\n")[0].decode("latin-1"))
             self._read()
         found, _, self.left = self.left.partition(mark)
