@@ -38,7 +38,7 @@ test-grpc-oldest: $(VENV)/.test $(VENV)/grpc-oldest/.there ## the tests of the g
 costs: $(VENV)/.test ## what locks cost in requests, bytes and time: the figures of docs/costs.md, in some minutes
 	@$(bin)/python -m tests.costs $(ARGS)
 
-bench: $(VENV)-bench/.bench ## measured against the floor, Go, and everything one could use instead: docs/benchmarks.md, in some 40 minutes
+bench: $(VENV)-bench/.bench ## measured against the floor, Go, and everything one could use instead: docs/benchmarks.md, in some ten minutes
 	@$(VENV)-bench/bin/python -m benchmarks $(ARGS)
 
 bench-smoke: $(VENV)-bench/.bench ## the same in under a minute, with samples so small that the figures say nothing, written nowhere

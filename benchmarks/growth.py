@@ -109,8 +109,10 @@ def held(stage: Stage) -> Section:
             ratios.append(contest.ratio("full", "empty"))
             rows.append((wire, f"{count:,}", asked[-1], milliseconds(contest.values("full")), times(ratios[-1])))
             curves.setdefault(f"celery-etcd-lock, {wire}", []).append((count, ratios[-1].median))
-        section.add(f"requests in a TTL, of {', '.join(f'{each:,}' for each in sizes.held)} locks held, {wire}",
-                    max(asked) - min(asked), ", ".join(map(str, asked)), bar=0, note="constant")  # fmt: skip
+        grown, each_time = max(asked) - min(asked), ", ".join(map(str, asked))
+        counts = ", ".join(f"{each:,}" for each in sizes.held)
+        measured = f"how much requests in a TTL grow with locks held, {counts}, {wire}"
+        section.add(measured, grown, f"{grown} ({each_time})", bar=0, note="constant")
         worst = max(ratios, key=lambda each: each.median)
         section.add(f"one more lock, beside them, to that of a process that holds none, {wire}", worst, bar=1.2)
         section.raw[wire] = {"requests": asked, "ratios": [each.plain() for each in ratios]}
