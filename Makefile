@@ -10,7 +10,7 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat smoke
+.PHONY: help demo test test-celery-oldest test-grpc-oldest bench bench-smoke costs endings coverage chaos chaos-beat smoke
 .PHONY: check types docs matrix format clean
 
 help: ## this list
@@ -38,6 +38,12 @@ test-grpc-oldest: $(VENV)/.test $(VENV)/grpc-oldest/.there ## the tests of the g
 
 costs: $(VENV)/.test ## what locks cost in requests, bytes and time: the figures of docs/costs.md, in some minutes
 	@$(bin)/python -m tests.costs $(ARGS)
+
+bench: $(VENV)-bench/.bench ## measured against the floor, Go, and everything one could use instead: docs/benchmarks.md, in some ten minutes
+	@$(VENV)-bench/bin/python -m benchmarks $(ARGS)
+
+bench-smoke: $(VENV)-bench/.bench ## the same in under a minute, with samples so small that the figures say nothing, written nowhere
+	@$(VENV)-bench/bin/python -m benchmarks --smoke $(ARGS)
 
 endings: $(VENV)/.test ## how long a lock stays taken, for every pool and every way to end: the tables of docs/endings.md
 	@$(bin)/python -m tests.endings $(ARGS)
@@ -84,9 +90,13 @@ format: $(VENV)/.dev ## put the code into ruff's form
 	@$(bin)/ruff check --fix --quiet
 
 clean: ## remove what make made
-	@rm -rf $(VENV) $(VENV)-smoke .nox .tools .demo build dist
+	@rm -rf $(VENV) $(VENV)-smoke $(VENV)-bench .nox .tools .demo build dist
 	@rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Not among what tests import: see the extra.
+$(VENV)-bench/.bench: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(VENV)-bench $(VENV)-bench/.bench
 
 # Beside what is installed, and found before it by who has it on PYTHONPATH.
 $(VENV)/grpc-oldest/.there $(VENV)/celery-oldest/.there: $(VENV)/%-oldest/.there: tests/%-oldest.txt | $(VENV)/bin/python
@@ -104,7 +114,8 @@ $(VENV)/bin/python:
 	       && $(PYTHON) -m pip -qq --disable-pip-version-check --python $(VENV)/bin/python install pip; } \
 	  || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $(VENV)/.pytest-celery: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+extras := demo test dev docs pytest-celery bench
+$(extras:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing the package with its extra '$*' into $(VENV)"
 	@$(bin)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
 	@touch $@
