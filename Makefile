@@ -10,7 +10,7 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-celery-oldest test-grpc-oldest bench bench-smoke costs endings coverage chaos chaos-beat smoke
+.PHONY: help demo example test test-celery-oldest test-grpc-oldest bench bench-smoke costs endings coverage chaos chaos-beat smoke
 .PHONY: check types docs matrix format clean
 
 help: ## this list
@@ -18,6 +18,9 @@ help: ## this list
 
 demo: $(VENV)/.demo ## the promises, shown in under a minute: etcd, a broker, two workers, a kill -9
 	@$(bin)/python -m example_project.demo $(ARGS)
+
+example: $(VENV)/.demo $(VENV)/.example ## the Django shop, until Ctrl-C: etcd, Redis, two workers, two beats, a page; PORT=8000
+	@$(bin)/python -m example_project.run $(if $(PORT),--port=$(PORT)) $(ARGS)
 
 test: $(VENV)/.test ## all tests, on a real etcd, a real broker and real workers; ARGS="-k mutex -x" go to pytest
 	@$(bin)/python -m pytest -n $(WORKERS) --dist loadscope -m "not alone" $(ARGS); first=$$?; \
@@ -90,7 +93,7 @@ format: $(VENV)/.dev ## put the code into ruff's form
 	@$(bin)/ruff check --fix --quiet
 
 clean: ## remove what make made
-	@rm -rf $(VENV) $(VENV)-smoke $(VENV)-bench .nox .tools .demo build dist
+	@rm -rf $(VENV) $(VENV)-smoke $(VENV)-bench .nox .tools .demo .example build dist
 	@rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -114,7 +117,7 @@ $(VENV)/bin/python:
 	       && $(PYTHON) -m pip -qq --disable-pip-version-check --python $(VENV)/bin/python install pip; } \
 	  || { rm -rf $(VENV); exit 1; }
 
-extras := demo test dev docs pytest-celery bench
+extras := demo example test dev docs pytest-celery bench
 $(extras:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing the package with its extra '$*' into $(VENV)"
 	@$(bin)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
