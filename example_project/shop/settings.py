@@ -57,7 +57,7 @@ CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_REJECT_ON_WORKER_LOST = True
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     "visibility_timeout": 30,
-    # A worker looks for such messages every 5 seconds, and not every 100. (From kombu 5.7 on; before, these say nothing.)
+    # A worker looks for such messages every 5 seconds, and not every 100. (kombu 5.7 and later.)
     "unacked_restore_interval": 5,
     "unacked_restore_throttle": 1,
 }

@@ -24,6 +24,8 @@ class Block:
     """Of its first line of code, from 1."""
     language: str
     code: str
+    needs_docker: bool = False
+    """``python docker``: of that only the syntax is looked at."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -45,15 +47,16 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def _fenced(page: str) -> Iterator[Block]:
-    language, begun, code = "", 0, list[str]()
+    language, docker, begun, code = "", False, 0, list[str]()
     for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
         fence = re.match(r" *```(.*)", line)
         if begun == 0 and fence:
             language, begun, code = (fence[1].split() or [""])[0], number + 1, []
+            docker = fence[1].split()[1:] == ["docker"]
             if language not in LANGUAGES | _SPHINX:
                 raise ValueError(f"{page}:{number}: nobody executes a block of {language or 'no language'!r}")
         elif begun and fence:
-            yield Block(page, begun, language, "\n".join(code) + "\n")
+            yield Block(page, begun, language, "\n".join(code) + "\n", docker)
             begun = 0
         elif begun:
             code.append(line)

@@ -4,7 +4,7 @@ One process a page, in a folder of its own, with an etcd and a Redis of its own 
 a page shows, the usual addresses stand for those: ``http://127.0.0.1:2379``, three members, ``redis://localhost:6379``.
 
 * ``python`` is executed, with the names of the blocks before it. One with a ``def test_`` is run by pytest. One that
-  begins with ``# name.py`` is written as that file, and imported.
+  begins with ``# name.py`` is written as that file, and imported. Of ``python docker`` the syntax is looked at.
 * ``sh`` is run by bash, which must end with 0. A server in the foreground (``etcd``, a worker, a beat) goes on until
   the page ends, once it is ready. ``make`` and ``pip`` do not do what they say: that such a target, such a package
   and such an extra exist is what is checked.
@@ -126,7 +126,9 @@ class Page:
                 repr(value)  # a shared task is made, and its options looked at, when it is first used
 
     def _python(self, block: Block) -> None:
-        if block.file:
+        if block.needs_docker:
+            compile(block.code, str(block), "exec")
+        elif block.file:
             self._show_file(block, block.file["path"], append=bool(block.file["more"]))
         elif re.search(r"^def test_", block.code, re.MULTILINE):
             self._test(block)
