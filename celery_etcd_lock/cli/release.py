@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from celery.bin.base import CeleryCommand, CeleryOption
 
+from celery_etcd_lock.cli.ages import iso
 from celery_etcd_lock.cli.progress import Progress
 from celery_etcd_lock.cli.waiting import in_line
 from celery_etcd_lock.cli.which import Meant, lock_meant
@@ -139,7 +140,7 @@ class _Holder:
     def ask(self, wait: float | None) -> None:
         if self.contender is None or self.owner is None:
             return
-        at = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+        at = iso(datetime.now(timezone.utc))
         asking = Asking(self.transport, self.owner, self.contender, by=_us(), at=at)
         try:
             self.gone = not asking.ask()
