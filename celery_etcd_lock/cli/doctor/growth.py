@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from celery_etcd_lock.cli.findings import Finding
-from celery_etcd_lock.cli.instants import Dated, dated
-from celery_etcd_lock.cli.members import MAKE_ROOM
-from celery_etcd_lock.cli.past import keys_at, oldest_revision
+from celery_etcd_lock.cli.doctor.findings import Finding
+from celery_etcd_lock.cli.doctor.members import MAKE_ROOM
+from celery_etcd_lock.cli.history.instants import Dated, dated
+from celery_etcd_lock.cli.history.past import keys_at, oldest_revision
 from celery_etcd_lock.etcd.api import Range, Status, Transport, Watch, prefix_end
 from celery_etcd_lock.exceptions import Compacted, EtcdLockError, PermissionDenied
 from celery_etcd_lock.settings import Settings

@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from itertools import groupby
 from typing import Any
 
-from celery_etcd_lock.cli.instants import Calendar, Instant
-from celery_etcd_lock.cli.past import Reach
-from celery_etcd_lock.cli.timeline import Scope, Stay, task_and_key
+from celery_etcd_lock.cli.history.instants import Calendar, Instant
+from celery_etcd_lock.cli.history.past import Reach
+from celery_etcd_lock.cli.history.timeline import Scope, Stay, task_and_key
 
 __all__ = ["Span", "Story", "iso", "tell"]
 

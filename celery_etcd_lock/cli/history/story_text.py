@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from celery_etcd_lock.cli.instants import Instant
-from celery_etcd_lock.cli.story import Span, Story
+from celery_etcd_lock.cli.history.instants import Instant
+from celery_etcd_lock.cli.history.story import Span, Story
+from celery_etcd_lock.cli.history.timeline import task_and_key
 from celery_etcd_lock.cli.tables import printable
-from celery_etcd_lock.cli.timeline import task_and_key
 
 __all__ = ["Drawn", "clock", "duration", "lines", "moment", "notes", "spoken", "who", "window"]
 

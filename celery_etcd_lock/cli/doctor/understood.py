@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 from urllib.parse import urlsplit
 
-from celery_etcd_lock.cli.findings import Finding
+from celery_etcd_lock.cli.doctor.findings import Finding
 from celery_etcd_lock.etcd.api import TLS
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.conflict import Conflict

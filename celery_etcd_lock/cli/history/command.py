@@ -14,14 +14,14 @@ import click
 from celery.bin.base import CeleryCommand, CeleryOption
 
 from celery_etcd_lock.cli.connected import connected
-from celery_etcd_lock.cli.instants import Calendar, Dated, dated
-from celery_etcd_lock.cli.past import Reach, replay
+from celery_etcd_lock.cli.history.instants import Calendar, Dated, dated
+from celery_etcd_lock.cli.history.past import Reach, replay
+from celery_etcd_lock.cli.history.story import Story, tell
+from celery_etcd_lock.cli.history.story_html import page
+from celery_etcd_lock.cli.history.story_text import Drawn, lines
+from celery_etcd_lock.cli.history.timeline import Scope, Timeline
 from celery_etcd_lock.cli.queues import limits_of
-from celery_etcd_lock.cli.story import Story, tell
-from celery_etcd_lock.cli.story_html import page
-from celery_etcd_lock.cli.story_text import Drawn, lines
 from celery_etcd_lock.cli.tables import terminal_width
-from celery_etcd_lock.cli.timeline import Scope, Timeline
 from celery_etcd_lock.cli.which import lock_meant
 from celery_etcd_lock.etcd.api import Event, KeyValue, Transport
 from celery_etcd_lock.exceptions import ConfigError, PermissionDenied

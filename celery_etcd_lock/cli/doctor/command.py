@@ -10,12 +10,12 @@ from typing import Any
 import click
 from celery.bin.base import CeleryCommand, CeleryOption
 
-from celery_etcd_lock.cli.findings import NOT_EXAMINED, Finding, lines, status_of
-from celery_etcd_lock.cli.growth import about_clocks, about_history, about_quota, about_watches, sample
-from celery_etcd_lock.cli.members import Member, about_members, about_versions, look_at_all
-from celery_etcd_lock.cli.probes import about_permissions, reading_key
+from celery_etcd_lock.cli.doctor.findings import NOT_EXAMINED, Finding, lines, status_of
+from celery_etcd_lock.cli.doctor.growth import about_clocks, about_history, about_quota, about_watches, sample
+from celery_etcd_lock.cli.doctor.members import Member, about_members, about_versions, look_at_all
+from celery_etcd_lock.cli.doctor.probes import about_permissions, reading_key
+from celery_etcd_lock.cli.doctor.understood import about_settings, understood
 from celery_etcd_lock.cli.tables import printable, terminal_width
-from celery_etcd_lock.cli.understood import about_settings, understood
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.exceptions import EtcdLockError
 from celery_etcd_lock.settings import Settings

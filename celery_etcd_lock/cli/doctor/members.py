@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from celery_etcd_lock.cli.faults import LEASES_END_EARLY, OLDEST, faults_of, parsed, written
-from celery_etcd_lock.cli.findings import Finding
+from celery_etcd_lock.cli.doctor.faults import LEASES_END_EARLY, OLDEST, faults_of, parsed, written
+from celery_etcd_lock.cli.doctor.findings import Finding
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Range, Status, Transport
 from celery_etcd_lock.exceptions import AuthRejected, EtcdLockError, EtcdRejected, PermissionDenied

@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from celery_etcd_lock.cli.findings import Finding
-from celery_etcd_lock.cli.members import MAKE_ROOM
+from celery_etcd_lock.cli.doctor.findings import Finding
+from celery_etcd_lock.cli.doctor.members import MAKE_ROOM
 from celery_etcd_lock.etcd.api import Delete, Put, Range, Transport, Txn
 from celery_etcd_lock.exceptions import EtcdLockError, NoSpace, PermissionDenied
 from celery_etcd_lock.settings import Settings

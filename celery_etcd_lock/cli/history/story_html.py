@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from html import escape
 
-from celery_etcd_lock.cli.instants import Instant
-from celery_etcd_lock.cli.story import Span, Story, iso
-from celery_etcd_lock.cli.story_text import Drawn, clock, moment, notes, spoken, who, window
-from celery_etcd_lock.cli.timeline import task_and_key
+from celery_etcd_lock.cli.history.instants import Instant
+from celery_etcd_lock.cli.history.story import Span, Story, iso
+from celery_etcd_lock.cli.history.story_text import Drawn, clock, moment, notes, spoken, who, window
+from celery_etcd_lock.cli.history.timeline import task_and_key
 
 __all__ = ["page"]
 
