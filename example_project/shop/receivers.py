@@ -24,8 +24,10 @@ _OPEN = (State.SENT, State.WAITING)
 
 @lock_contended.connect
 def met_another(record: ContendedRecord, **_: object) -> None:
-    """Somebody else holds the lock."""
+    """Somebody else holds the lock. A copy of a message that runs, or has run, is no job of its own."""
     run = _row(record.task_id, record.task)
+    if run.pk is None and JobRun.objects.filter(task_id=record.task_id).exists():
+        return
     run.state = _OUTCOMES.get(record.outcome, State.WAITING)
     run.lock, run.waits, run.because = record.lock, record.waits + (record.outcome == "retry"), record.holder[:200]
     if run.state in {State.SKIPPED, State.FAILED}:

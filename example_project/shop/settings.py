@@ -57,9 +57,11 @@ CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_REJECT_ON_WORKER_LOST = True
 CELERY_BROKER_TRANSPORT_OPTIONS = {
     "visibility_timeout": 30,
-    # A worker looks for such messages every 5 seconds, and not every 100. (kombu 5.7 and later.)
+    # A worker looks for such messages every 5 seconds, and not every 100. (kombu before 5.7 does not know these.)
     "unacked_restore_interval": 5,
     "unacked_restore_throttle": 1,
+    # One looks at a time; and of one that died while it looked, the others would wait 300 seconds for the end of its turn.
+    "unacked_mutex_expire": 10,
 }
 
 # The schedule is in the database. Beats are started with `-S etcd_lock`, which wraps this scheduler.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import django
 
@@ -23,9 +24,10 @@ from celery_etcd_lock import LockLost  # noqa: E402
 from celery_etcd_lock.etcd import connect  # noqa: E402
 from celery_etcd_lock.locks import HeldLock, Mutex, Session  # noqa: E402
 from celery_etcd_lock.settings import Settings  # noqa: E402
-from example_project.shop import schedule  # noqa: E402
+from celery_etcd_lock.signals import ContendedRecord  # noqa: E402
+from example_project.shop import receivers, schedule  # noqa: E402
 from example_project.shop.celery import app  # noqa: E402
-from example_project.shop.models import Product  # noqa: E402
+from example_project.shop.models import JobRun, Product  # noqa: E402
 
 
 @contextmanager
@@ -96,6 +98,19 @@ def a_lock_that_is_known_to_be_lost_is_not_tried() -> None:
         assert refused(following, cents=1)
 
 
+def a_copy_is_no_job_of_its_own() -> None:
+    """A message that comes twice after a death runs once: the copy that meets the run leaves the run's row alone."""
+    met = ContendedRecord("a", "1", "/shop/locks/a/-", "another", "", "retry", waits=0, waited=0, pause=1)
+    JobRun.objects.create(task_id="1", task="a", state=JobRun.State.RUNNING)
+    receivers.met_another(record=met)
+    assert [run.state for run in JobRun.objects.all()] == ["running"]
+    receivers.met_another(record=replace(met, task_id="2"))
+    assert JobRun.objects.get(task_id="2").state == "waiting", "control: another message"
+    JobRun.objects.update(state=JobRun.State.SENT)
+    receivers.met_another(record=met)
+    assert JobRun.objects.get(task_id="1").state == "waiting"
+
+
 def the_schedule_is_made_once() -> None:
     """Setting up again adds nothing, and leaves what somebody has changed."""
     assert PeriodicTask.objects.filter(name__in=[*schedule.EVERY, "nightly reports"]).count() == len(schedule.EVERY) + 1
@@ -118,6 +133,7 @@ CHECKS = {
         a_frozen_holder_writes_nothing,
         the_fence_stays_on,
         a_lock_that_is_known_to_be_lost_is_not_tried,
+        a_copy_is_no_job_of_its_own,
         the_schedule_is_made_once,
         the_migrations_are_all_there,
     )

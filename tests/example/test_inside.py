@@ -32,5 +32,5 @@ def test_inside(check: str, etcd: EtcdServer, tmp_path: Path) -> None:
 
 
 def test_every_check_is_run() -> None:
-    """There are five."""
-    assert len(_CHECKS) == 5
+    """There are six."""
+    assert len(_CHECKS) == 6

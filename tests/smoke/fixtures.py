@@ -113,6 +113,14 @@ def celery_backend_cluster(celery_redis_backend: RedisTestBackend) -> CeleryBack
 
 # Workers: one, and another.
 
+_ALIKE: dict[str, Any] = {
+    "environment": fxtr("default_worker_env"),
+    "network": "{default_pytest_celery_network.name}",
+    "volumes": {"{default_worker_volume.name}": DEFAULT_WORKER_VOLUME},
+    "timeout": DEFAULT_WORKER_CONTAINER_TIMEOUT,
+}
+"""As pytest-celery's own worker container has it."""
+
 
 @pytest.fixture  # type: ignore[no-redef] # as a user overrides it, too
 def default_worker_container_cls() -> type[WorkerContainer]:
@@ -121,32 +129,23 @@ def default_worker_container_cls() -> type[WorkerContainer]:
 
 default_worker_container = container(
     image="{celery_base_worker_image.id}",
-    environment=fxtr("default_worker_env"),
-    network="{default_pytest_celery_network.name}",
-    volumes={"{default_worker_volume.name}": DEFAULT_WORKER_VOLUME},
     wrapper_class=WorkerContainer,
-    timeout=DEFAULT_WORKER_CONTAINER_TIMEOUT,
     command=fxtr("default_worker_command"),
+    **_ALIKE,
 )
 
 other_worker_container = container(
     image="{celery_base_worker_image.id}",
-    environment=fxtr("default_worker_env"),
-    network="{default_pytest_celery_network.name}",
-    volumes={"{default_worker_volume.name}": DEFAULT_WORKER_VOLUME},
     wrapper_class=OtherWorkerContainer,
-    timeout=DEFAULT_WORKER_CONTAINER_TIMEOUT,
     command=OtherWorkerContainer.command(),
+    **_ALIKE,
 )
 
 old_worker_container = container(
     image="{old_worker_image.id}",
-    environment=fxtr("default_worker_env"),
-    network="{default_pytest_celery_network.name}",
-    volumes={"{default_worker_volume.name}": DEFAULT_WORKER_VOLUME},
     wrapper_class=OtherWorkerContainer,
-    timeout=DEFAULT_WORKER_CONTAINER_TIMEOUT,
     command=OtherWorkerContainer.command(),
+    **_ALIKE,
 )
 
 
@@ -202,22 +201,16 @@ def default_worker_app(default_worker_app: Celery) -> Celery:
 
 one_beat = container(
     image="{celery_base_worker_image.id}",
-    environment=fxtr("default_worker_env"),
-    network="{default_pytest_celery_network.name}",
-    volumes={"{default_worker_volume.name}": DEFAULT_WORKER_VOLUME},
     wrapper_class=BeatContainer,
-    timeout=DEFAULT_WORKER_CONTAINER_TIMEOUT,
     command=BeatContainer.command(),
+    **_ALIKE,
 )
 
 other_beat = container(
     image="{celery_base_worker_image.id}",
-    environment=fxtr("default_worker_env"),
-    network="{default_pytest_celery_network.name}",
-    volumes={"{default_worker_volume.name}": DEFAULT_WORKER_VOLUME},
     wrapper_class=BeatContainer,
-    timeout=DEFAULT_WORKER_CONTAINER_TIMEOUT,
     command=BeatContainer.command(),
+    **_ALIKE,
 )
 
 
