@@ -145,8 +145,8 @@ class Check:
         self.promise(len(sent) >= 3 and not twice, f"{len(sent)} ticks came; twice came: {twice or 'none'}")
 
     def killed(self, command: str, victim: str) -> None:
-        # Of a job that waits in its slot. One that is put back is in and out of the broker all the time, and kombu loses
-        # what it is just taking from Redis when its process is killed: off the list, and not yet noted as taken.
+        # Of a job that waits in its slot. One that is put back is in and out of the broker all the time, and kombu
+        # loses what it is just taking from Redis when its process is killed: off the list, not yet noted as taken.
         press = self.browser.press("prices")
         deadline = time.monotonic() + self.patience
         while not any(_is_running_on(job, victim) for job in self.browser.jobs(press)):
