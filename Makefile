@@ -10,7 +10,8 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test test-celery-oldest test-grpc-oldest costs endings coverage chaos chaos-beat check format clean
+.PHONY: help demo example test test-celery-oldest test-grpc-oldest bench bench-smoke costs endings coverage chaos chaos-beat smoke
+.PHONY: check types docs matrix format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +42,12 @@ test-grpc-oldest: $(VENV)/.test $(VENV)/grpc-oldest/.there ## the tests of the g
 costs: $(VENV)/.test ## what locks cost in requests, bytes and time: the figures of docs/costs.md, in some minutes
 	@$(bin)/python -m tests.costs $(ARGS)
 
+bench: $(VENV)-bench/.bench ## measured against the floor, Go, and everything one could use instead: docs/benchmarks.md, in some ten minutes
+	@$(VENV)-bench/bin/python -m benchmarks $(ARGS)
+
+bench-smoke: $(VENV)-bench/.bench ## the same in under a minute, with samples so small that the figures say nothing, written nowhere
+	@$(VENV)-bench/bin/python -m benchmarks --smoke $(ARGS)
+
 endings: $(VENV)/.test ## how long a lock stays taken, for every pool and every way to end: the tables of docs/endings.md
 	@$(bin)/python -m tests.endings $(ARGS)
 
@@ -56,19 +63,43 @@ chaos: $(VENV)/.test ## locks under faults for SECONDS=120, and whether they exc
 chaos-beat: $(VENV)/.test ## three beats under faults for SECONDS=300, and whether every tick was sent once; SEED=… as above
 	@$(bin)/python -m tests.beat.chaos --seconds=$(or $(SECONDS),300) $(if $(SEED),--seed=$(SEED)) $(ARGS)
 
+# In a virtualenv of its own: pytest-celery's plugin loads wherever it is installed, and changes fixtures and the
+# releases of other packages, which make test must not depend on.
+smoke: ## broker, backend, etcd, workers and beats in containers, by pytest-celery; needs Docker
+	@$(MAKE) --no-print-directory VENV=$(VENV)-smoke smoke-here
+
+.PHONY: smoke-here
+smoke-here: $(VENV)/.pytest-celery
+	@$(bin)/python -m pytest tests/smoke $(ARGS)
+
 check: $(VENV)/.dev ## ruff, mypy and the import contracts
 	@$(bin)/ruff check
 	@$(bin)/ruff format --check
 	@$(bin)/mypy
 	@$(bin)/lint-imports --no-logo --no-cache
 
+docs: $(VENV)/.docs ## these pages as a site, in build/docs; a warning fails
+	@$(bin)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	@echo "build/docs/index.html"
+
+types: $(VENV)/.dev ## the public API as a user has it: mypy and pyright (which needs node), with celery-types and without
+	@$(bin)/nox -s types
+
+matrix: $(VENV)/.dev ## some tests with each Python, Celery, urllib3 and etcd of the matrix that this machine has: `nox -l`
+	@$(bin)/nox -s tests
+
 format: $(VENV)/.dev ## put the code into ruff's form
 	@$(bin)/ruff format --quiet
 	@$(bin)/ruff check --fix --quiet
 
 clean: ## remove what make made
-	@rm -rf $(VENV) .tools .demo .example build dist .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(VENV)-smoke $(VENV)-bench .nox .tools .demo .example build dist
+	@rm -rf .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Not among what tests import: see the extra.
+$(VENV)-bench/.bench: pyproject.toml
+	@$(MAKE) --no-print-directory VENV=$(VENV)-bench $(VENV)-bench/.bench
 
 # Beside what is installed, and found before it by who has it on PYTHONPATH.
 $(VENV)/grpc-oldest/.there $(VENV)/celery-oldest/.there: $(VENV)/%-oldest/.there: tests/%-oldest.txt | $(VENV)/bin/python
@@ -77,8 +108,8 @@ $(VENV)/grpc-oldest/.there $(VENV)/celery-oldest/.there: $(VENV)/%-oldest/.there
 	@test -d $(@D)/$* || { echo "$< names no oldest $* for this Python"; exit 1; }
 	@touch $@
 
-# One virtualenv; .demo, .example, .test and .dev in it say which of the package's extras it holds. (Debian's Python has no
-# ensurepip unless python3-venv is there: then pip puts a pip into it.)
+# One virtualenv, and that of smoke; .demo, .test and so on in it say which of the package's extras it holds.
+# (Debian's Python has no ensurepip unless python3-venv is there: then pip puts a pip into it.)
 $(VENV)/bin/python:
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
@@ -86,7 +117,8 @@ $(VENV)/bin/python:
 	       && $(PYTHON) -m pip -qq --disable-pip-version-check --python $(VENV)/bin/python install pip; } \
 	  || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.demo $(VENV)/.example $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+extras := demo example test dev docs pytest-celery bench
+$(extras:%=$(VENV)/.%): $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing the package with its extra '$*' into $(VENV)"
 	@$(bin)/python -m pip install -qq --disable-pip-version-check --editable '.[$*]'
 	@touch $@

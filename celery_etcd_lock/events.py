@@ -39,7 +39,7 @@ def begin_worker(hostname: str, *, on: bool) -> None:
 
 
 def connect() -> None:
-    """Begin to pass events on. Done once, when the package is imported."""
+    """Begin to pass events on. Done once, with the import of `tasks.task`."""
     for kind in ("acquired", "contended", "released", "lost"):
         getattr(signals, f"lock_{kind}").connect(_sender(f"lock-{kind}"), weak=False)
 

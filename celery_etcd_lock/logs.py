@@ -19,7 +19,7 @@ _WOULD = {"retry": "be put back", "skip": "be skipped", "wait": "wait", "fail": 
 
 
 def connect() -> None:
-    """Begin to log. Done once, when the package is imported."""
+    """Begin to log. Done once, with the import of `tasks.task`."""
     signals.lock_acquired.connect(_acquired, weak=False)
     signals.lock_contended.connect(_contended, weak=False)
     signals.lock_released.connect(_released, weak=False)

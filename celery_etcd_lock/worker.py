@@ -1,4 +1,7 @@
-"""The worker's side: settings are checked before it takes its first message; its children's deaths are noticed."""
+"""The worker's side: settings are checked before it takes its first message; its children's deaths are noticed.
+
+Only workers import this: `tasks` puts the steps among theirs, by name.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import click
-from celery import bootsteps, signals
+from celery import bootsteps
 
 from celery_etcd_lock import events
 from celery_etcd_lock.exceptions import ConfigError
@@ -51,7 +54,7 @@ class CheckSettings(bootsteps.Step):  # type: ignore[misc,unused-ignore]
 
 
 def _check_for_beat(parent: Any) -> None:
-    # Imported here: whoever publishes or runs tasks imports this module, and few of them have a beat.
+    # Imported here: few workers have a beat.
     from celery_etcd_lock.beat.wrapped import is_ours, settings_for_beat, wrapped_scheduler
 
     if is_ours(parent.scheduler):
@@ -66,6 +69,7 @@ class Locks(bootsteps.StartStopStep):  # type: ignore[misc,unused-ignore]
     requires = (CheckSettings, "celery.worker.components:Pool")
 
     def create(self, parent: Any) -> None:
+        add_commands()
         instance.begin_worker()
         events.begin_worker(parent.hostname, on=bool(parent.task_events))
 
@@ -132,12 +136,3 @@ def forks(worker: Any) -> bool:
 def _processes(worker: Any) -> list[Any]:
     pool = getattr(worker.pool, "_pool", None)
     return getattr(pool, "_pool", None) or []
-
-
-def _add_step(sender: Any = None, **_kwargs: Any) -> None:
-    sender.app.steps["worker"].update({CheckSettings, Locks})
-    add_commands()
-
-
-# The step raises, not this receiver: signals swallow exceptions.
-signals.worker_init.connect(_add_step, weak=False)

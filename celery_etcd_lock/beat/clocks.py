@@ -33,7 +33,6 @@ class Clocks:
     def __init__(self, transport: Transport, name: str, since: int, ttl: float) -> None:
         self._transport = transport
         self._prefix = f"{name}/"
-        self._since = since
         self._late = timedelta(seconds=ttl) + REPORTED
         self._closed = threading.Event()
         self._stream = transport.watch(self._watch(since))

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from celery.beat import ScheduleEntry, Scheduler
 from celery.utils.time import maybe_make_aware
 
-__all__ = ["Entry", "bring", "copy_with", "has_own_store", "last_run", "put_off", "runs"]
+__all__ = ["Entry", "bring", "copy_with", "has_own_store", "in_utc", "last_run", "put_off", "runs"]
 
 Entry: TypeAlias = Any
 """A `celery.beat.ScheduleEntry`, of whose fields type checkers know less than Celery does."""
@@ -25,9 +25,14 @@ def has_own_store(scheduler: type[Scheduler]) -> bool:
     return scheduler.Entry.__next__ is not ScheduleEntry.__next__
 
 
+def in_utc(moment: datetime) -> datetime:
+    """`moment`; one without a zone is taken as Celery takes it."""
+    return maybe_make_aware(moment).astimezone(timezone.utc)
+
+
 def last_run(entry: Entry) -> datetime | None:
     """When `entry` was last sent, as it says itself; UTC."""
-    return None if entry.last_run_at is None else maybe_make_aware(entry.last_run_at).astimezone(timezone.utc)
+    return None if entry.last_run_at is None else in_utc(entry.last_run_at)
 
 
 def runs(entry: Entry) -> int:

@@ -20,7 +20,7 @@ from celery.utils.time import maybe_make_aware
 from kombu.exceptions import EncodeError
 
 from celery_etcd_lock import signals
-from celery_etcd_lock.beat.entries import Entry, bring, copy_with, has_own_store, last_run, put_off, runs
+from celery_etcd_lock.beat.entries import Entry, bring, copy_with, has_own_store, in_utc, last_run, put_off, runs
 from celery_etcd_lock.beat.ledger import Ledger
 from celery_etcd_lock.beat.outage import Outage
 from celery_etcd_lock.beat.record import Record
@@ -221,7 +221,7 @@ class Fenced(Scheduler):
     def _write_down(self, entry: Entry, reserved: Entry | None, record: Record) -> None:
         """That the slot is over, in etcd and in the scheduler."""
         assert self._ledger is not None
-        last, count = _utc(entry.default_now()), runs(entry) + 1
+        last, count = in_utc(entry.default_now()), runs(entry) + 1
         if reserved is not None:
             last, count = last_run(reserved) or last, runs(reserved)
         try:
@@ -303,7 +303,3 @@ def _is_permanent(error: BaseException | None) -> bool:
     while isinstance(error, SchedulingError):
         error = error.__cause__ or error.__context__
     return isinstance(error, _PERMANENT)
-
-
-def _utc(moment: datetime) -> datetime:
-    return maybe_make_aware(moment).astimezone(timezone.utc)

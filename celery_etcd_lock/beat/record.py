@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 
 from celery_etcd_lock.beat.slots import Slot
 
-__all__ = ["Record", "beat_prefix", "entry_name", "entry_prefix", "leader_name"]
+__all__ = ["Record", "beat_prefix", "entry_key", "entry_name", "entry_prefix", "leader_name"]
 
 _STATES: Final = ("", "sending", "sent", "failed")
 

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from celery_etcd_lock.cli.leases import GONE
 from celery_etcd_lock.etcd.api import LeaseKeys
 
-__all__ = ["age", "ago", "lasting", "left", "moment"]
+__all__ = ["age", "ago", "iso", "lasting", "left", "moment"]
 
 _UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
@@ -30,6 +30,11 @@ def moment(text: object) -> datetime | None:
     except ValueError:
         return None
     return when if when.tzinfo else when.replace(tzinfo=timezone.utc)
+
+
+def iso(when: datetime, timespec: str = "seconds") -> str:
+    """The other way round: UTC, with a Z."""
+    return when.astimezone(timezone.utc).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def age(text: object, now: datetime) -> float | None:

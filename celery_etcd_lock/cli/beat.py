@@ -12,7 +12,7 @@ import click
 from celery.bin.base import CeleryCommand, CeleryOption
 
 from celery_etcd_lock.beat.record import Record, entry_name, entry_prefix, leader_name
-from celery_etcd_lock.cli.ages import ago, lasting, left
+from celery_etcd_lock.cli.ages import ago, iso, lasting, left
 from celery_etcd_lock.cli.connected import connected
 from celery_etcd_lock.cli.leases import left_of
 from celery_etcd_lock.cli.pages import keys_below
@@ -139,5 +139,5 @@ def _entry(entry: str, record: Record, now: datetime) -> tuple[object, ...]:
     last = "-" if record.last_run_at is None else lasting((now - record.last_run_at).total_seconds())
     if record.slot is None:
         return entry, last, "-", "-", record.total_run_count, "-"
-    due = record.slot.due.isoformat(timespec="seconds").replace("+00:00", "Z")
+    due = iso(record.slot.due)
     return entry, last, due, record.state or "-", record.total_run_count, record.slot.task_id

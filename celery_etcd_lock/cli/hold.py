@@ -113,8 +113,8 @@ def hold(
 
     For a deploy or a migration: no run of TASK begins before the command has ended. ARGS are the task's arguments, as
     JSON: a list of positional ones, an object of keyword ones, or both. Those that do not count for the lock may be
-    left out. In place of TASK, a lock's name with its leading '/'. It waits its turn behind whoever holds the lock now.
-    Without a COMMAND it holds the lock until Ctrl-C.
+    left out. Or a key, as `ls` shows it: account_id=42. In place of TASK, a lock's name with its leading '/'. It waits
+    its turn behind whoever holds the lock now. Without a COMMAND it holds the lock until Ctrl-C.
 
     \b
     celery -A proj etcd-lock hold shop.sync '[42]' -- ./migrate --fast

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from celery.bin.base import CeleryCommand, CeleryOption
 
+from celery_etcd_lock.cli.ages import iso
 from celery_etcd_lock.cli.progress import Progress
 from celery_etcd_lock.cli.waiting import in_line
 from celery_etcd_lock.cli.which import Meant, lock_meant
@@ -68,12 +69,13 @@ _WHAT_FORCE_DOES = (
 def release(ctx: click.Context, lock: str, args: tuple[str, ...], force: bool, wait: float | None, yes: bool) -> None:
     """Ask whoever holds LOCK to give it back, and say what came of it.
 
-    LOCK is a lock's name with its leading '/', or a task's name, with the task's arguments as JSON behind it. The
+    LOCK is a task's name and a key, as `ls` shows them, or its arguments as JSON; or the lock's name in etcd. The
     holder is asked by way of etcd: its process looks once per etcd_lock_ttl, and ends the run as the task's on_lost
     says: with LockLost ("abort"), putting it back ("retry"), or only with a warning ("warn"). A command under `hold`
     is ended. Of shared and limited locks every holder is asked; those who wait are not.
 
     \b
+    celery -A proj etcd-lock release shop.sync account_id=42
     celery -A proj etcd-lock release shop.sync '[42]'
     celery -A proj etcd-lock release /celery/locks/shop.sync/account_id=42
 
@@ -138,7 +140,7 @@ class _Holder:
     def ask(self, wait: float | None) -> None:
         if self.contender is None or self.owner is None:
             return
-        at = datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+        at = iso(datetime.now(timezone.utc))
         asking = Asking(self.transport, self.owner, self.contender, by=_us(), at=at)
         try:
             self.gone = not asking.ask()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from celery_etcd_lock.exceptions import EtcdLockError
 from celery_etcd_lock.locks.queue import checked_name
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.conflict import nearest
-from celery_etcd_lock.tasks.keys import KeyRule
+from celery_etcd_lock.tasks.keys import KeyRule, lock_name
 from celery_etcd_lock.tasks.task import SingletonTask
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ class Meant:
 def lock_meant(app: Celery, task: str, given: Sequence[str] = ()) -> Meant:
     """The lock of the task named `task` for the arguments `given`, as JSON; or, with a leading ``/``, of that name.
 
-    `given`: a list of positional arguments, an object of keyword arguments, or one of each. `click.ClickException` that
-    says what is wrong, if there is no such task, it takes no lock, or its lock cannot be told from these arguments.
+    `given`: a list of positional arguments, an object of keyword arguments, or one of each; or a key, as `ls` shows it:
+    ``account_id=42``. `click.ClickException` that says what is wrong, if there is no such task, it takes no lock, or
+    its lock cannot be told from these arguments.
     """
     if _settings(app).endpoints[0].startswith("memory://"):
         raise click.ClickException("etcd_lock_endpoints is memory://, whose locks no other process sees: name an etcd")
@@ -53,11 +56,13 @@ def lock_meant(app: Celery, task: str, given: Sequence[str] = ()) -> Meant:
     try:
         if task.startswith("/"):
             return Meant(checked_name(task), Lock.named(task).title)
-        args, kwargs = _parsed(given)
         singleton = _singleton(app, task)
         rule = singleton._key_rule
         assert rule is not None
-        name = singleton.lock_name(*_completed(rule, args, kwargs))
+        if len(given) == 1 and _is_key(given[0], singleton):
+            name = lock_name(_settings(app).namespace, task, given[0])
+        else:
+            name = singleton.lock_name(*_completed(rule, *_parsed(given)))
     except (EtcdLockError, TypeError, ValueError) as error:  # ValueError: of pydantic
         raise click.ClickException(str(error)) from error
     return Meant(name, Lock.named(name).title, singleton)
@@ -70,6 +75,15 @@ def _settings(app: Celery) -> Settings:
         raise click.ClickException(str(error)) from error
 
 
+def _is_key(text: str, singleton: SingletonTask) -> bool:
+    """Whether `text` is a key as it is shown, and neither JSON nor a command before which ``--`` is missing."""
+    with suppress(ValueError):
+        json.loads(text)
+        return False
+    ours = "=" in text if singleton.lock_key is None else shutil.which(text) is None
+    return ours and not text.startswith(("[", "{"))
+
+
 def _parsed(given: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
     args: list[Any] | None = None
     kwargs: dict[str, Any] | None = None
@@ -78,8 +92,8 @@ def _parsed(given: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
             value = json.loads(text)
         except ValueError:
             raise click.ClickException(
-                f"{text} is no JSON: write the task's arguments as '[42]' or '{{\"account_id\": 42}}', and a command "
-                "to run after --"
+                f"{text} is no JSON: write the task's arguments as '[42]' or '{{\"account_id\": 42}}', or a key as ls "
+                "shows it; and a command to run after --"
             ) from None
         if isinstance(value, list) and args is None:
             args = value

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from celery.bin.base import CeleryCommand, CeleryOption
 
-from celery_etcd_lock.cli.ages import age, lasting, moment
+from celery_etcd_lock.cli.ages import age, iso, lasting, moment
 from celery_etcd_lock.cli.connected import Etcd, connected
 from celery_etcd_lock.cli.elsewhere import Elsewhere, Message, ask_elsewhere
 from celery_etcd_lock.cli.named import queue_of
@@ -208,7 +208,7 @@ class _Story:
             yield "next", self._when(when)
 
     def _when(self, when: datetime) -> str:
-        text = when.astimezone(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+        text = iso(when)
         if self.now - when > _AT_ONCE:
             return f"was due at {text}, and waits until its worker has a slot free"
         return f"in {lasting((when - self.now).total_seconds())}, at {text}"

@@ -2,7 +2,7 @@
 
 One request is one POST on a kept-alive connection; a watch is a POST whose answer goes on, one message a line,
 on a connection of its own. The modules beside this one, from the ground up: `gateway_codec` (values and JSON),
-`gateway_http` (one member's sockets), `cluster` (which member, how long, as whom).
+`http1` (a request on a socket), `gateway_http` (one member's sockets), `cluster` (which member, how long, as whom).
 """
 
 from __future__ import annotations

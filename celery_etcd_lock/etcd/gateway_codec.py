@@ -329,7 +329,7 @@ def judge(url: str, status: int, body: bytes) -> Json:
 
 def _object(body: bytes) -> Json:
     try:
-        value = json.loads(body.partition(b"\n")[0])
+        value = json.loads(body.partition(b"\n")[0].decode())
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

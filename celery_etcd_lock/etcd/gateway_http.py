@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import queue
 import socket
 import ssl
+import time
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
-import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util.connection import is_connection_dropped
 
-from celery_etcd_lock.etcd import diagnosis
+from celery_etcd_lock.etcd import diagnosis, http1
 from celery_etcd_lock.etcd.api import TLS
 from celery_etcd_lock.etcd.gateway_codec import NoAnswer, judge
 from celery_etcd_lock.exceptions import ConfigError
@@ -27,8 +29,6 @@ __all__ = ["Endpoint", "Stream", "checked_url", "tls_context"]
 
 _IDLE_CONNECTIONS = 128
 """Kept for the next request; more may be open at once."""
-
-_ONCE = urllib3.Retry(False, redirect=False)
 
 _TLS_ALERT = "\x15\x03"
 
@@ -115,14 +115,6 @@ class _TLSConnection(HTTPSConnection):
         self.is_verified = True  # or not, because the user said so: no warning at every request
 
 
-class _Pool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _TLSPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _TLSConnection
-
-
 class Endpoint:
     """The member at `url`; shared by threads."""
 
@@ -134,40 +126,70 @@ class Endpoint:
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.context = context if parts.scheme == "https" else None
         self.streams: set[Stream] = set()
-        self._pool = self._new_pool()
+        self._authority = parts.netloc
+        self._closed = False
+        self._idle: deque[HTTPConnection] = deque()
+        weakref.finalize(self, _close_all, self._idle)  # of who forgets to close it
+        self._head: tuple[Mapping[str, str], bytes] | None = None
 
-    def _new_pool(self) -> urllib3.HTTPConnectionPool:
-        socket_options = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
+    def _connected(self, timeout: float) -> HTTPConnection:
+        """A connection: one that is kept and was not hung up on meanwhile, or a new one."""
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                break
+            if not is_connection_dropped(connection):
+                return connection
+            connection.close()
+        options = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
         if self.context:
-            return _TLSPool(
-                self.host,
-                self.port,
-                maxsize=_IDLE_CONNECTIONS,
-                ssl_context=self.context,
-                socket_options=socket_options,
-            )
-        return _Pool(self.host, self.port, maxsize=_IDLE_CONNECTIONS, socket_options=socket_options)
+            secure = _TLSConnection(self.host, self.port, timeout=timeout, socket_options=options)
+            secure.ssl_context = self.context
+            connection = secure
+        else:
+            connection = _Connection(self.host, self.port, timeout=timeout, socket_options=options)
+        connection.connect()
+        return connection
+
+    def _keep(self, connection: HTTPConnection) -> None:
+        """For the next request."""
+        if len(self._idle) < _IDLE_CONNECTIONS:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        if self._closed:
+            _close_all(self._idle)
+
+    def _head_of(self, headers: Mapping[str, str]) -> bytes:
+        known = self._head
+        if known is None or known[0] is not headers:
+            known = self._head = (headers, http1.head(self._authority, headers))
+        return known[1]
 
     def post(self, path: str, body: str, headers: Mapping[str, str], timeout: float) -> tuple[int, bytes]:
         """Status and body of the answer; `NoAnswer` if there is none within `timeout` seconds."""
+        if self._closed:
+            raise NoAnswer("closed")
+        deadline = time.monotonic() + timeout
+        head = self._head_of(headers)
         try:
-            response = self._pool.urlopen(
-                "POST",
-                path,
-                body=body,
-                headers=headers,
-                retries=_ONCE,
-                redirect=False,
-                assert_same_host=False,
-                timeout=urllib3.Timeout(total=timeout),
-            )
+            connection = self._connected(timeout)
         except _NotConnectedError as error:
             raise self.failure(error.__cause__, sent=False) from error.__cause__
-        except urllib3.exceptions.ClosedPoolError as error:
-            raise NoAnswer("closed") from error
-        except urllib3.exceptions.HTTPError as error:
+        try:
+            answer = http1.exchange(connection.sock, path, head, body, deadline)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
             raise self.failure(error, sent=True) from error
-        return response.status, response.data
+        except BaseException:
+            connection.close()  # a signal's handler came in between: the answer may still come, to nobody
+            raise
+        if answer.reusable:
+            self._keep(connection)
+        else:
+            connection.close()
+        return answer.status, answer.body
 
     def failure(self, error: BaseException | None, *, sent: bool) -> NoAnswer:
         """What `error`, from a connection to this member, means. `sent`: it came after connecting."""
@@ -208,7 +230,8 @@ class Endpoint:
             stream.shutdown(why)
 
     def close(self) -> None:
-        self._pool.close()
+        self._closed = True
+        _close_all(self._idle)
         self.drop_streams("closed")
 
     def after_fork(self) -> None:
@@ -217,16 +240,11 @@ class Endpoint:
         The copies of the descriptors are closed, no more: no TLS farewell, no shutdown, and no lock that
         another thread may have held at the fork.
         """
-        left: queue.LifoQueue[HTTPConnection | None] | None = self._pool.pool
-        if left is not None:
-            idle = [connection for connection in left.queue if connection]
-            queue.LifoQueue.__init__(left, left.maxsize)  # urllib3 empties it once more when the pool is collected
-            for connection in idle:
-                _close_descriptor(connection.sock)
+        while self._idle:
+            _close_descriptor(self._idle.pop().sock)
         for stream in self.streams:
             stream.after_fork()
         self.streams = set()
-        self._pool = self._new_pool()
 
 
 class Stream:
@@ -292,6 +310,12 @@ class Stream:
     def after_fork(self) -> None:
         self.why = "it belongs to the process that was forked"
         _close_descriptor(self._socket)
+
+
+def _close_all(idle: deque[HTTPConnection]) -> None:
+    with contextlib.suppress(IndexError):
+        while True:
+            idle.pop().close()
 
 
 def _close_descriptor(sock: socket.socket | None) -> None:

@@ -7,14 +7,13 @@ greeted before its first call: what fails in that was not sent, and what fails l
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 try:
@@ -144,15 +143,19 @@ class Link:
             response_deserializer=getattr(messages, reply).FromString,
         )
 
-    @contextlib.contextmanager
-    def using(self) -> Iterator[None]:
+    def using(self) -> Link:
+        """A context in which it is not closed, though it be retired."""
+        return self
+
+    def __enter__(self) -> Link:
         with self._lock:
             self._under_way += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._under_way -= 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._under_way -= 1
+        if self._retired:
             self._close_unless_used()
 
     def retire(self) -> None:

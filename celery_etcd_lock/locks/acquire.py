@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime, timezone
 from itertools import chain
 from typing import TypeAlias
@@ -272,10 +272,8 @@ class _Attempt:
         if until is None and self.session.contenders.waits_for_own_thread(self.contender):
             logger.warning("etcd_lock.waits_for_itself: %s is wanted by a thread that is in it already", self.name)
         while True:
-            woken.clear()
-            self.session.assert_trusted()
             try:
-                (ahead, revision), found = found or self.look(), None
+                ahead, revision = found or self.look_anew(woken)
             except EtcdUnavailable as error:
                 self.pause(woken, until, _PAUSE_WHEN_FULL if isinstance(error, NoSpace) else _PAUSE)
                 continue
@@ -287,6 +285,16 @@ class _Attempt:
                 self.session.wakeups.watching(self.name, others, revision + 1, woken),
             ):
                 self.pause(woken, until, self.session.ttl)
+                # Before the watch ends: that takes time, and whose turn it is may go in first.
+                found = None
+                with suppress(EtcdUnavailable):
+                    found = self.look_anew(woken)
+
+    def look_anew(self, woken: Bell) -> _Found:
+        """Look, and let what happens from here on wake us."""
+        woken.clear()
+        self.session.assert_trusted()
+        return self.look()
 
     def look(self) -> _Found:
         created = self.contender.create_revision

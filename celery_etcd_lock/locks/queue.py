@@ -53,6 +53,7 @@ __all__ = [
 Kind: TypeAlias = Literal["write", "read", "slot"]
 _KINDS: frozenset[str] = frozenset({"write", "read", "slot"})
 _created = attrgetter("create_revision")
+_dump = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,7 @@ class Description:
 def value_of(*, host: str, pid: int, since: str, nonce: str, extra: Mapping[str, str | int] | None = None) -> bytes:
     """The value of a contender: who it is, as JSON. Short, because every acquire leaves one in etcd's history."""
     record = {"host": host, "pid": pid, "since": since, "nonce": nonce, **(extra or {})}
-    return json.dumps(record, separators=(",", ":")).encode()
+    return _dump(record).encode()
 
 
 def describe(kv: KeyValue) -> Description:

@@ -130,5 +130,15 @@ def _current_lock() -> TaskLock:
     return lock_of(task.request)
 
 
-current_lock = cast("TaskLock", Proxy(_current_lock))
+class _CurrentLock(Proxy):  # type: ignore[type-arg] # it has one for type checkers alone
+    """Has a class outside of tasks too: who goes through all objects of a process and asks is answered, not stopped."""
+
+    def _get_class(self) -> type[Any]:
+        try:
+            return type(self._get_current_object())
+        except RuntimeError:
+            return _CurrentLock
+
+
+current_lock = cast("TaskLock", _CurrentLock(_current_lock))
 """The lock of the task that runs in this thread, as `celery.current_task` is the task."""

@@ -24,7 +24,7 @@ logger = logging.getLogger("celery_etcd_lock")
 
 
 def connect() -> None:
-    """Begin to listen. Done once, when the package is imported."""
+    """Begin to listen. Done once, with the import of `tasks.task`."""
     signals.task_revoked.connect(_revoked, weak=False)
     signals.task_failure.connect(_failed, weak=False)
 

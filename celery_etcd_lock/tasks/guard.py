@@ -35,7 +35,7 @@ from celery_etcd_lock.tasks.interrupts import allowed, deferred
 from celery_etcd_lock.tasks.message import Waits, forget_waits, keep_to_itself, options_in
 from celery_etcd_lock.tasks.observation import observe, run_regardless
 from celery_etcd_lock.tasks.options import behaviour
-from celery_etcd_lock.tasks.putback import countdown_ceiling, expires_within, put_back
+from celery_etcd_lock.tasks.putback import expires_within, put_back
 from celery_etcd_lock.tasks.reports import Reports
 from celery_etcd_lock.tasks.runtime import Runtime
 from celery_etcd_lock.tasks.standing import Standing
@@ -104,7 +104,7 @@ class Turn:
         self.holds = behaviour(task, self.runtime.settings, options_in(request.headers, self.id))
         keep_to_itself(request)
         self.reports = Reports(task, self.id, self.waits, self.waited)
-        self.ceiling = countdown_ceiling(task.app)
+        self.ceiling = self.runtime.countdown_ceiling
         self.copies = Copies(self.runtime, task, request, self.ceiling)
         coalesces = isinstance(self.holds.on_conflict, conflict.Coalesce)
         self.standing = Standing(self.runtime, task, request, name, coalesces=coalesces)

@@ -9,6 +9,8 @@
   published a second time, or more often, by somebody who cannot know whether it was before.
 * ``queued``: when it was published a mark said that it is queued (see `queued`).
 * options for this call, by their names: ``{"on_conflict": "skip"}``.
+* a name that begins with ``_`` is of a newer version, and says nothing to this one: a rolling deploy mixes them, and a
+  name that is none of the above fails the message as a mistake of its publisher.
 
 What is no dict is a mistake of its publisher, and a `ConfigError`.
 """
@@ -122,7 +124,8 @@ def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any
     header = (headers or {}).get(HEADER)
     if header is not None and not isinstance(header, Mapping):
         raise ConfigError(f'the header {HEADER} is {header!r}: write a dict of options, {{"on_conflict": "skip"}}')
-    return {key: value for key, value in _header(headers, task_id).items() if key not in _NOT_OPTIONS}
+    header = _header(headers, task_id)
+    return {key: header[key] for key in header if key not in _NOT_OPTIONS and not str(key).startswith("_")}
 
 
 def nonce_of(request: Context) -> str:

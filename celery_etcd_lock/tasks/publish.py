@@ -43,6 +43,8 @@ def for_this_call(task: SingletonTask, task_id: str, options: Mapping[str, Any])
     """`options` of ``apply_async`` as Celery takes them: ours among them have gone into the header."""
     if task.name.startswith("celery."):
         return dict(options)
+    if not options:  # as `delay` calls it: there is nothing to check
+        return {"headers": addressed(None, task_id, {})}
     ours = {name: value for name, value in options.items() if name in FOR_ONE_CALL}
     celerys = {name: value for name, value in options.items() if name not in FOR_ONE_CALL}
     for name in celerys.keys() - set(options.get("stamped_headers") or ()):

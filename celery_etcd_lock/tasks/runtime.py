@@ -30,6 +30,7 @@ from celery_etcd_lock.tasks.instance import instance
 from celery_etcd_lock.tasks.interrupts import deferred
 from celery_etcd_lock.tasks.leases import Leases
 from celery_etcd_lock.tasks.outage import Outage
+from celery_etcd_lock.tasks.putback import countdown_ceiling
 from celery_etcd_lock.tasks.respite import Respite
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Runtime:
     def __init__(self, app: Celery) -> None:
         self._app = ref(app)
         self.settings = Settings.from_app(app)
+        self.countdown_ceiling = countdown_ceiling(app)
+        """Kept: to look it up for each message takes longer than most else that is done for one."""
         self.outage = Outage(self.settings)
         self.leases = Leases()
         self.respite = Respite()

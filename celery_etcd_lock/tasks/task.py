@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from celery import Task
 from celery.utils import uuid
 
+from celery_etcd_lock import events, logs
 from celery_etcd_lock.exceptions import ConfigError, LockContended
 from celery_etcd_lock.locks.queue import EXCLUSIVE, Mode
 from celery_etcd_lock.settings import Settings
-from celery_etcd_lock.tasks import options, publish
+from celery_etcd_lock.tasks import discarded, options, publish
 from celery_etcd_lock.tasks.conflict import Conflict
 from celery_etcd_lock.tasks.current import TaskLock, Unlocked, enter, lock_of, set_lock
 from celery_etcd_lock.tasks.guard import run_alone
@@ -42,18 +43,28 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
 
     Options, as class attributes or to ``@app.task(base=SingletonTask, …)``:
 
-    ``unique_on``       the parameter, or list of parameters, that make two calls the same. Default: all.
-    ``lock_key``        instead: a format string, a constant, or a callable with the task's own parameters.
-    ``lock_mode``       ``"exclusive"`` (default), or ``"shared"``: beside other shared ones, never beside an exclusive.
-    ``lock_limit``      instead: at most so many at once, of those that take the same lock.
-    ``on_conflict``     what to do when somebody else holds the lock: `Conflict` or its name.
-    ``on_lost``         when it is lost while the body runs: ``"abort"``, ``"retry"``, ``"warn"``.
-    ``on_unavailable``  when etcd does not answer: ``"retry"``, ``"fail"``, ``"run"``.
-
-    ``unique_queued``   also one in the queue: ``"until_start"`` of the run, or ``"until_end"``.
-    ``on_duplicate``    what `delay` does then: ``"return"`` the existing result (default), or ``"raise"``.
-    ``lock_at_least_for``  seconds for which the lock stays taken after the start, though the body has ended.
-    ``lock_at_most_for``   seconds after which a holder that hangs loses the lock.
+    ``unique_on``
+        the parameter, or list of parameters, that make two calls the same. Default: all.
+    ``lock_key``
+        instead: a format string, a constant, or a callable with the task's own parameters.
+    ``lock_mode``
+        ``"exclusive"`` (default), or ``"shared"``: beside other shared ones, never beside an exclusive.
+    ``lock_limit``
+        instead: at most so many at once, of those that take the same lock.
+    ``on_conflict``
+        what to do when somebody else holds the lock: `Conflict` or its name.
+    ``on_lost``
+        when it is lost while the body runs: ``"abort"``, ``"retry"``, ``"warn"``.
+    ``on_unavailable``
+        when etcd does not answer: ``"retry"``, ``"fail"``, ``"run"``.
+    ``unique_queued``
+        also one in the queue: ``"until_start"`` of the run, or ``"until_end"``.
+    ``on_duplicate``
+        what `delay` does then: ``"return"`` the existing result (default), or ``"raise"``.
+    ``lock_at_least_for``
+        seconds for which the lock stays taken after the start, though the body has ended.
+    ``lock_at_most_for``
+        seconds after which a holder that hangs loses the lock.
 
     What is not set comes from ``etcd_lock_on_…`` on the app's configuration. `ConfigError` for anything that
     cannot be meant, when the task is made. The ``on_…`` and ``lock_at_…`` options can be given for one call, too:
@@ -273,3 +284,9 @@ def _options_set(cls: type[SingletonTask]) -> list[str]:
             break
         names += [name for name in vars(base) if not name.startswith("_")]
     return names
+
+
+# What listens, for everybody who has such tasks, and for beats, which import this as well.
+logs.connect()
+events.connect()
+discarded.connect()

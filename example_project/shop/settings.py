@@ -60,7 +60,7 @@ CELERY_BROKER_TRANSPORT_OPTIONS = {
     # A worker looks for such messages every 5 seconds, and not every 100. (kombu before 5.7 does not know these.)
     "unacked_restore_interval": 5,
     "unacked_restore_throttle": 1,
-    # One looks at a time. Were that one killed meanwhile, the others would wait 300 seconds for the end of its turn.
+    # One looks at a time; and of one that died while it looked, the others would wait for 300 seconds.
     "unacked_mutex_expire": 10,
 }
 

@@ -198,6 +198,23 @@ class Beats:
                 return next((each for each in self.processes if each.pid == pid), None)
         return None
 
+    def take_over_twice(self, within: float) -> tuple[Beat, Beat]:
+        """Kill the leader, freeze the next for longer than its lease, and wake it. Returns it and the third."""
+        killed = self.await_leader()
+        killed.kill()
+        frozen = self.await_leader(other_than=killed, seconds=within)
+        self._await_ticks("ticks of the second leader")
+        frozen.pause()
+        third = self.await_leader(other_than=frozen, seconds=within)
+        self._await_ticks("ticks of the third leader")
+        frozen.resume()
+        frozen.says("etcd_lock.leader_lost")
+        return frozen, third
+
+    def _await_ticks(self, what: str) -> None:
+        there = len(self.received("second"))
+        until(lambda: len(self.received("second")) >= there + 2, what)
+
     def await_leader(self, *, other_than: Beat | None = None, seconds: float = 60) -> Beat:
         found: Beat = until(
             lambda: (leader := self.leader()) is not None and leader is not other_than and leader,

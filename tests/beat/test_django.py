@@ -81,17 +81,7 @@ def test_takeovers_around_the_database_scheduler(beats: DjangoBeats) -> None:
     # The database lags behind, which is what this is about.
     until(lambda: len(beats.received("second")) >= beats.row("second")[1] + 2, "ticks that are not in the database")
     begin = time.time()
-    killed = beats.await_leader()
-    killed.kill()
-    frozen = beats.await_leader(other_than=killed, seconds=TTL + 15)
-    there = len(beats.received("second"))
-    until(lambda: len(beats.received("second")) >= there + 2, "ticks of the second leader")
-    frozen.pause()
-    third = beats.await_leader(other_than=frozen, seconds=TTL + 15)
-    there = len(beats.received("second"))
-    until(lambda: len(beats.received("second")) >= there + 2, "ticks of the third leader")
-    frozen.resume()
-    frozen.says("etcd_lock.leader_lost")
+    frozen, third = beats.take_over_twice(TTL + 15)
     # The third writes the database when it stops; after that the second, which had been frozen, stops too.
     assert third.stop() == 0
     last, count, _ = beats.row("second")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_etcd_lock.cli.findings import Finding, lines, status_of
-from celery_etcd_lock.cli.growth import Sample, about_clocks, about_history, about_watches
-from celery_etcd_lock.cli.members import Member, about_members, about_versions
+from celery_etcd_lock.cli.doctor.findings import Finding, lines, status_of
+from celery_etcd_lock.cli.doctor.growth import Sample, about_clocks, about_history, about_watches
+from celery_etcd_lock.cli.doctor.members import Member, about_members, about_versions
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Put, Range, Status, Txn
 from celery_etcd_lock.locks import Mutex, Session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from celery_etcd_lock.cli.faults import FAULTS, faults_of, parsed, written
+from celery_etcd_lock.cli.doctor.faults import FAULTS, faults_of, parsed, written
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from celery_etcd_lock.cli import past
-from celery_etcd_lock.cli.history import Told, read
-from celery_etcd_lock.cli.instants import unix
-from celery_etcd_lock.cli.story_text import Drawn, lines
-from celery_etcd_lock.cli.timeline import Scope
+from celery_etcd_lock.cli.history import past
+from celery_etcd_lock.cli.history.command import Told, read
+from celery_etcd_lock.cli.history.instants import unix
+from celery_etcd_lock.cli.history.story_text import Drawn, lines
+from celery_etcd_lock.cli.history.timeline import Scope
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.etcd.api import Delete, Put, Range, Txn, Watch
 from celery_etcd_lock.etcd.memory import MemoryEtcd, MemoryTransport, MemoryWatch

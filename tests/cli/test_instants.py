@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from celery_etcd_lock.cli.instants import Calendar, Dated, Instant, dated, unix
+from celery_etcd_lock.cli.history.instants import Calendar, Dated, Instant, dated, unix
 from celery_etcd_lock.etcd.api import KeyValue
 
 NOON = 1_800_000_000.0

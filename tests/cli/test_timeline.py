@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_etcd_lock.cli.timeline import Scope, Stay, Timeline
+from celery_etcd_lock.cli.history.timeline import Scope, Stay, Timeline
 from celery_etcd_lock.etcd.api import Event, KeyValue
 from celery_etcd_lock.locks.queue import Kind, Mode, keeping_out, kind_of
 

@@ -45,6 +45,8 @@ def _sync(account_id: Any, full: Any) -> None:
         ("shop.catalog", ["[7]"], "/catalog/7"),
         ("shop.called", ["[7, 1]"], "shop.called 7"),
         ("/maintenance", [], "/maintenance"),
+        ("shop.sync", ["account_id=42"], "shop.sync account_id=42"),
+        ("shop.all", ["all"], "shop.all all"),
     ],
 )
 def test_what_is_meant(app: Celery, task: str, given: list[str], title: str) -> None:

@@ -184,6 +184,7 @@ class _Measuring:
             task = "ending_late" if way.late else "ending"
             result = self.project.app.send_task(task, (HOLDER, way.how, way.name), queue=queue, **options)
             run = until(lambda: self.runs(way), "the start")[0]
+            until(lambda: self.signs(way), "its first sign of life")
             waiter = self.project.app.send_task("ending", (FOLLOWER, "return", way.name), queue=self.queue("next"))
             until(lambda: self.deletions.at(run.key) or self.deletions.beside(run.key) > 1, "the waiter's key")
             struck = self.strike(way, worker, run, result)
@@ -239,10 +240,15 @@ class _Measuring:
     def let_go(self, way: Way) -> None:
         Path(f"{self.project.record}.{way.name}.go").touch()
 
+    def signs(self, way: Way) -> list[float]:
+        """When the body was seen alive."""
+        path = Path(f"{self.project.record}.{way.name}.alive")
+        whole, _, _ = (path.read_text() if path.exists() else "").rpartition("\n")
+        return [float(sign) for sign in whole.split()]
+
     def last_sign(self, way: Way) -> float:
-        """When the body was last seen alive: one that was killed did not write down its end."""
-        signs = Path(f"{self.project.record}.{way.name}.alive").read_text()
-        return float(signs[: signs.rindex("\n")].rpartition("\n")[2])
+        """Of one that was killed, and so did not write down its end."""
+        return self.signs(way)[-1]
 
     def free(self, way: Way, run: Run, struck: float) -> float:
         """When its lock was free; a body that goes on is let go when there is no hope left that Celery ends it."""

@@ -288,6 +288,11 @@ class TestLock:
         with pytest.raises(RuntimeError, match="no task runs"):
             current_lock.is_held()
 
+    def test_current_lock_outside_of_a_task_can_be_looked_at(self) -> None:
+        """As pytest-celery does with every object of the process."""
+        assert not isinstance(current_lock, int)
+        assert "unbound" in repr(current_lock)
+
     def test_current_lock_of_another_kind_of_task_is_an_error(self, app: Any) -> None:
         """A task whose author forgot the decorator is not told that it holds a lock."""
 

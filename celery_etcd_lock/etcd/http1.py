@@ -1,0 +1,146 @@
+"""One request and its answer over HTTP/1.1 on a socket that is connected, as lean as it can be. Opens none itself.
+
+A lock is two small requests, and what a general HTTP library does around each (headers as objects, a parser made for
+mail) took longer than etcd's answer. What an etcd member sends is simple: a status, a few headers, a body with its
+length or in chunks. All else is an error of `http.client`'s, as that would raise it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+__all__ = ["Answer", "exchange", "head"]
+
+_MOST = 65_536
+"""Bytes of a status and its headers, and of one read."""
+
+
+_BEGINS = b"HTTP/1."
+
+
+class Answer(NamedTuple):
+    """A status, a body, and whether the connection can be used again."""
+
+    status: int
+    body: bytes
+    reusable: bool
+
+
+def head(host: str, headers: Mapping[str, str]) -> bytes:
+    """What stands in every request with these headers behind its first line. `ValueError` for a header that is none."""
+    lines = [f"{name}: {value}" for name, value in {"Host": host, **headers}.items()]
+    if any("\r" in line or "\n" in line for line in lines):
+        raise ValueError("a header has a line break in it")
+    return "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+
+
+def exchange(sock: socket.socket, path: str, head: bytes, body: str, deadline: float) -> Answer:
+    """POST `body`, ASCII, to `path`, and read the answer, until `deadline` on the monotonic clock.
+
+    `OSError` (a `TimeoutError` among them) and `http.client.HTTPException` when there is none.
+    """
+    sock.settimeout(max(0.001, deadline - time.monotonic()))
+    first = f"POST {path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n".encode("ascii")
+    sock.sendall(b"%b%b\r\n%b" % (first, head, body.encode("ascii")))
+    reader = _Reader(sock, deadline)
+    while True:
+        status, headers = _parsed(reader.until(b"\r\n\r\n"))
+        if status >= 200:
+            break  # before it, only that it goes on
+    if b"transfer-encoding" in headers:
+        return Answer(status, reader.chunks(), _goes_on(headers))
+    length = headers.get(b"content-length")
+    if length is None and status not in {204, 304}:
+        return Answer(status, reader.rest(), False)
+    if length is not None and not length.isdigit():
+        raise http.client.HTTPException(f"a length that is none: {length!r}")
+    return Answer(status, reader.exactly(int(length or 0)), _goes_on(headers) and not reader.left)
+
+
+def _goes_on(headers: Mapping[bytes, bytes]) -> bool:
+    return headers.get(b"connection", b"").lower() != b"close"
+
+
+def _parsed(block: bytes) -> tuple[int, dict[bytes, bytes]]:
+    first, *lines = block.split(b"\r\n")
+    version, _, rest = first.partition(b" ")
+    if not version.startswith(_BEGINS) or not rest[:3].isdigit():
+        raise http.client.BadStatusLine(first.decode("latin-1"))
+    # Of 1.0, which some proxies speak when they have nobody to ask, a connection ends with the answer.
+    headers = {} if version == b"HTTP/1.1" else {b"connection": b"close"}
+    for line in lines:
+        name, _, value = line.partition(b":")
+        headers[name.lower()] = value.strip()
+    return int(rest[:3]), headers
+
+
+class _Reader:
+    """What has come on the socket and was not looked at."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.left = b""
+        self._sock = sock
+        self._deadline = deadline
+        self._begun = False
+
+    def _more(self) -> bytes:
+        if self._begun:
+            self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        self._begun = True
+        return self._sock.recv(_MOST)
+
+    def _read(self) -> None:
+        more = self._more()
+        if not more:
+            if not self.left:
+                raise http.client.RemoteDisconnected("the connection was closed without an answer")
+            raise http.client.IncompleteRead(self.left)
+        self.left += more
+
+    def until(self, mark: bytes) -> bytes:
+        while mark not in self.left:
+            if len(self.left) >= _MOST or not _BEGINS.startswith(self.left[: len(_BEGINS)]):
+                raise http.client.BadStatusLine(self.left[:_MOST].partition(b"\r\n")[0].decode("latin-1"))
+            self._read()
+        found, _, self.left = self.left.partition(mark)
+        return found
+
+    def exactly(self, length: int) -> bytes:
+        while len(self.left) < length:
+            self._read()
+        found, self.left = self.left[:length], self.left[length:]
+        return found
+
+    def rest(self) -> bytes:
+        parts = [self.left]
+        while parts[-1] or len(parts) == 1:
+            parts.append(self._more())
+        self.left = b""
+        return b"".join(parts)
+
+    def line(self) -> bytes:
+        while b"\r\n" not in self.left:
+            if len(self.left) >= _MOST:
+                raise http.client.LineTooLong("chunk size")
+            self._read()
+        found, _, self.left = self.left.partition(b"\r\n")
+        return found
+
+    def chunks(self) -> bytes:
+        parts: list[bytes] = []
+        while True:
+            size = self.line().partition(b";")[0].strip()
+            try:
+                length = int(size, 16)
+            except ValueError:
+                raise http.client.IncompleteRead(b"".join(parts)) from None
+            if not length:
+                while self.line():
+                    pass  # what stands behind the last chunk
+                return b"".join(parts)
+            parts.append(self.exactly(length))
+            self.exactly(2)
