@@ -10,7 +10,7 @@ bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test test-celery-oldest test-grpc-oldest bench bench-smoke costs endings coverage chaos chaos-beat smoke
+.PHONY: help demo example test test-broken test-celery-oldest test-grpc-oldest bench bench-smoke costs endings coverage chaos chaos-beat smoke
 .PHONY: check types docs matrix format clean
 
 help: ## this list
@@ -22,11 +22,14 @@ demo: $(VENV)/.demo ## the promises, shown in under a minute: etcd, a broker, tw
 example: $(VENV)/.demo $(VENV)/.example ## the Django shop, until Ctrl-C: etcd, Redis, two workers, two beats, a page; PORT=8000
 	@$(bin)/python -m example_project.run $(if $(PORT),--port=$(PORT)) $(ARGS)
 
-test: $(VENV)/.test ## all tests, on a real etcd, a real broker and real workers; ARGS="-k mutex -x" go to pytest
+test: $(VENV)/.test ## the tests, on a real etcd, a real broker and real workers; ARGS="-k mutex -x" go to pytest
 	@$(bin)/python -m pytest -n $(WORKERS) --dist loadscope -m "not alone" $(ARGS); first=$$?; \
 	  [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
-	  $(bin)/python -m pytest -m alone $(ARGS); second=$$?; \
+	  $(bin)/python -m pytest -m "alone and not broken" $(ARGS); second=$$?; \
 	  [ $$first = 5 ] || [ $$second != 5 ] || exit 0; exit $$second # 5: ARGS chose no test there
+
+test-broken: $(VENV)/.test ## that make chaos finds locks which are broken on purpose: chaos runs, and so not in make test
+	@$(bin)/python -m pytest -m broken $(ARGS)
 
 test-celery-oldest: $(VENV)/.test $(VENV)/celery-oldest/.there ## the tests that run tasks, with the oldest Celery
 	@export PYTHONPATH=$(abspath $(VENV)/celery-oldest); \

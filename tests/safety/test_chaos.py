@@ -57,6 +57,7 @@ def test_every_fault_once(tmp_path: Path) -> None:
     assert outcome.report.acquisitions > 20
 
 
+@pytest.mark.broken
 def test_a_lock_that_does_not_look_for_its_own_key_is_found(tmp_path: Path) -> None:
     """By deleting keys: a waiter whose key has gone is let in all the same."""
     faults = [Fault(1 + number / 5, "key deleted", pick=number * 0.37 % 1) for number in range(40)]
@@ -64,6 +65,7 @@ def test_a_lock_that_does_not_look_for_its_own_key_is_found(tmp_path: Path) -> N
     assert "grant" in {violation.rule for violation in found}
 
 
+@pytest.mark.broken
 def test_a_lease_that_is_trusted_for_too_long_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the client that hears of its renewals too late, if not in the first run; and a run says how to do it again."""
     asked = "SECONDS=20 SEED=7 ARGS=\"--ttl=4 --only='history compacted' --broken=trust\""
