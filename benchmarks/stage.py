@@ -7,16 +7,16 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 
 import psutil
 
 from celery_etcd_lock.etcd import connect
 from celery_etcd_lock.testing import EtcdServer
+from tests.costs import processor
 from tests.servers import RedisServer
 
 __all__ = ["SMOKE", "Sizes", "Stage", "machine", "say"]
@@ -80,7 +80,7 @@ def machine(stage: Stage) -> dict[str, str | int]:
     packages += ["celery-once", "celery-singleton", "celery-heimdall"]
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cpus": os.cpu_count() or 0,
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
@@ -88,14 +88,6 @@ def machine(stage: Stage) -> dict[str, str | int]:
         "etcd": status.version,
         **{name: version(name) for name in packages},
     }
-
-
-def _cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def say(what: str) -> None:

@@ -433,7 +433,7 @@ def main() -> None:
             (status,) = session.transport.status()
         print(
             f"{datetime.now(timezone.utc):%Y-%m-%d}; etcd {status.version}, one member on the same machine, without "
-            f"fsync; Python {platform.python_version()}; {os.cpu_count()} CPUs, {_cpu()}"
+            f"fsync; Python {platform.python_version()}; {os.cpu_count()} CPUs, {processor()}"
         )
         for wire in asked.wires:
             taken_often(server, wire, asked.times, asked.pairs)
@@ -441,7 +441,8 @@ def main() -> None:
             waited_for(server, wire, asked.waiters)
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """Its name."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

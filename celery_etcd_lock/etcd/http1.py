@@ -18,7 +18,6 @@ __all__ = ["Answer", "exchange", "head"]
 _MOST = 65_536
 """Bytes of a status and its headers, and of one read."""
 
-
 _BEGINS = b"HTTP/1."
 
 
