@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict
 from typing import Any
 
 from celery_etcd_lock import signals
@@ -48,7 +47,7 @@ def _sender(event: str) -> Any:
     def send(sender: Any, record: Any, **_: Any) -> None:
         if not (_hostname and sender.send_events):
             return
-        fields = asdict(record)
+        fields = record._asdict()
         uuid = fields.pop("task_id")
         try:
             with sender.app.events.default_dispatcher(hostname=_hostname) as dispatcher:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from celery_etcd_lock.etcd.api import KeyValue, Range, prefix_end
@@ -131,7 +130,7 @@ def _message(app: Celery, where: str, request: Any) -> dict[str, Any]:
         "task": headers["task"],
         "state": where,
         "eta": request.eta.isoformat() if request.eta else None,
-        "waits": asdict(Waits.of(Context(headers))),
+        "waits": Waits.of(Context(headers))._asdict(),
     }
     with suppress(Exception):  # it is no singleton task, or its arguments give no key
         info, task = request.info(), app.tasks[headers["task"]]

@@ -6,7 +6,6 @@ What Celery itself logs (a retry with its reason, a failure) is not said twice.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from typing import Any
 
 from celery_etcd_lock import signals
@@ -87,4 +86,4 @@ def _fenced(record: signals.TickFencedRecord, **_: Any) -> None:
 
 def _log(level: int, record: Any, message: str, *args: object) -> None:
     if logger.isEnabledFor(level):
-        logger.log(level, message, *args, extra={"etcd_lock": asdict(record)})
+        logger.log(level, message, *args, extra={"etcd_lock": record._asdict()})

@@ -15,9 +15,8 @@ nothing; one that blocks keeps its task waiting. The log (`logs`) and the worker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from celery.utils.dispatch import Signal
 
@@ -50,8 +49,7 @@ Outcome: TypeAlias = Literal["retry", "skip", "wait", "fail", "observed"]
 because locking only observes."""
 
 
-@dataclass(frozen=True, slots=True)
-class AcquiredRecord:
+class AcquiredRecord(NamedTuple):
     """The lock is held, and the body is about to begin."""
 
     task: str
@@ -68,8 +66,7 @@ class AcquiredRecord:
     """Seconds since its first contention; 0 if there was none."""
 
 
-@dataclass(frozen=True, slots=True)
-class ContendedRecord:
+class ContendedRecord(NamedTuple):
     """Somebody else holds the lock."""
 
     task: str
@@ -89,8 +86,7 @@ class ContendedRecord:
     """``"observed"``: the outcome if locks were on."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReleasedRecord:
+class ReleasedRecord(NamedTuple):
     """The lock was given back."""
 
     task: str
@@ -102,8 +98,7 @@ class ReleasedRecord:
     """False: etcd did not answer, and the session goes on until it is certain."""
 
 
-@dataclass(frozen=True, slots=True)
-class LostRecord:
+class LostRecord(NamedTuple):
     """The lock could no longer be trusted while it was held."""
 
     task: str
@@ -116,8 +111,7 @@ class LostRecord:
     """What the task does then: ``"abort"``, ``"retry"``, ``"warn"``."""
 
 
-@dataclass(frozen=True, slots=True)
-class SessionOpenedRecord:
+class SessionOpenedRecord(NamedTuple):
     """This process has a lease in etcd."""
 
     key: str
@@ -126,8 +120,7 @@ class SessionOpenedRecord:
     """Seconds, as etcd granted them."""
 
 
-@dataclass(frozen=True, slots=True)
-class SessionLostRecord:
+class SessionLostRecord(NamedTuple):
     """The lease of this process can no longer be trusted, and no lock that hangs on it."""
 
     key: str
@@ -135,8 +128,7 @@ class SessionLostRecord:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class LeaderElectedRecord:
+class LeaderElectedRecord(NamedTuple):
     """This beat leads from now on: it sends the ticks, and the others stand by."""
 
     beat: str
@@ -148,8 +140,7 @@ class LeaderElectedRecord:
     """Seconds for which it has stood by."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeaderLostRecord:
+class LeaderLostRecord(NamedTuple):
     """This beat cannot be sure any more that it leads. It sends nothing, and stands for election again."""
 
     beat: str
@@ -159,8 +150,7 @@ class LeaderLostRecord:
     """For which it has led."""
 
 
-@dataclass(frozen=True, slots=True)
-class TickSentRecord:
+class TickSentRecord(NamedTuple):
     """The task of an entry that was due is published."""
 
     beat: str
@@ -175,8 +165,7 @@ class TickSentRecord:
     """It may have been published before under this id, by a beat that did not live to say so."""
 
 
-@dataclass(frozen=True, slots=True)
-class TickFencedRecord:
+class TickFencedRecord(NamedTuple):
     """This beat took an entry for due and was kept from sending it."""
 
     beat: str

@@ -11,7 +11,6 @@ import heapq
 import shelve
 import time
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
@@ -160,11 +159,11 @@ class Fenced(Scheduler):
             result = self._publish(entry, slot, producer, options, again=again)
         except Exception as error:
             if _is_permanent(error):
-                self._write_down(entry, reserved, replace(sending, state="failed"))
+                self._write_down(entry, reserved, sending._replace(state="failed"))
             else:
                 self._put(entry, reserved, self._next_pause(entry))
             raise
-        self._write_down(entry, reserved, replace(sending, state="sent"))
+        self._write_down(entry, reserved, sending._replace(state="sent"))
         self._say_sent(entry, slot, again=again)
         return result
 
@@ -225,7 +224,7 @@ class Fenced(Scheduler):
         if reserved is not None:
             last, count = last_run(reserved) or last, runs(reserved)
         try:
-            self._ledger.confirm(entry.name, replace(record, last_run_at=last, total_run_count=count))
+            self._ledger.confirm(entry.name, record._replace(last_run_at=last, total_run_count=count))
         except LockLost:
             pass  # whoever leads finds it sending, and sends it again under this id
         except EtcdLockError as error:

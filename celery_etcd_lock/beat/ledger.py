@@ -7,8 +7,8 @@ of its term, and written since, is what is there, and an idle tick asks nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from celery_etcd_lock.beat.record import Record, entry_key, entry_name
 from celery_etcd_lock.etcd.api import Compare, Delete, KeyValue, Put, Range, Txn, TxnReply, created_at, prefix_end
@@ -21,8 +21,7 @@ _OPERATIONS = 100
 """In one transaction; etcd takes 128 unless it is told otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
+class _Kept(NamedTuple):
     record: Record
     revision: int
     """The mod revision of what is in etcd; 0: nothing is."""
@@ -73,7 +72,7 @@ class Ledger:
             last = kept.record.last_run_at
             if last is not None and last - now > most:
                 record = kept.record if kept.record.state == "sending" else Record(None, kept.record.total_run_count)
-                self._kept[entry] = replace(kept, record=replace(record, last_run_at=now))
+                self._kept[entry] = kept._replace(record=record._replace(last_run_at=now))
 
     def see(self, entries: Mapping[str, Record]) -> None:
         """Write down entries of which there is no record, as they are now: whoever leads next goes on from there."""
@@ -94,14 +93,14 @@ class Ledger:
         so; whoever claims it next finds it.
         """
         known = self._kept.get(entry, _Kept(Record(), 0))
-        found = self._replace(entry, known.revision, record)
+        found = self._put(entry, known.revision, record)
         # What it finds already there was put by a try of its own that got no answer, or by a leader that has died.
         return found is None or found == record
 
     def confirm(self, entry: str, record: Record) -> None:
         """The tick was published, and this is what there is to say of it now. Tried again by `settle` if it fails."""
         known = self._kept[entry]
-        self._kept[entry] = replace(known, record=record)
+        self._kept[entry] = known._replace(record=record)
         self._unconfirmed.add(entry)
         self._settle(entry)
 
@@ -117,7 +116,7 @@ class Ledger:
 
     def _settle(self, entry: str) -> None:
         known = self._kept[entry]
-        self._replace(entry, known.revision, known.record)
+        self._put(entry, known.revision, known.record)
 
     def forget(self, entries: Iterable[str]) -> None:
         """Delete the records of entries that there are no more. `LockLost`, `EtcdUnavailable`."""
@@ -135,7 +134,7 @@ class Ledger:
 
     # -- requests
 
-    def _replace(self, entry: str, revision: int, record: Record) -> Record | None:
+    def _put(self, entry: str, revision: int, record: Record) -> Record | None:
         """Put `record` where `revision` is. None: done; else what is there instead, of which is taken note."""
         key = entry_key(self._prefix, entry)
         there = Compare(key, "mod", "==", revision)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
 from celery_etcd_lock.beat.slots import Slot
@@ -15,8 +14,7 @@ __all__ = ["Record", "beat_prefix", "entry_key", "entry_name", "entry_prefix", "
 _STATES: Final = ("", "sending", "sent", "failed")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """How far an entry has come. ``sending`` is a promise: whoever leads sends that slot, under that id."""
 
     last_run_at: datetime | None = None
@@ -27,7 +25,7 @@ class Record:
     slot: Slot | None = None
 
     def sending(self, slot: Slot) -> Record:
-        return replace(self, state="sending", slot=slot)
+        return self._replace(state="sending", slot=slot)
 
     def to_json(self) -> bytes:
         record: dict[str, Any] = {"state": self.state} if self.state else {}

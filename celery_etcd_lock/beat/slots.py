@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from celery.schedules import crontab, schedule, solar
 
@@ -23,8 +22,7 @@ _MOST_STEPS: Final = 2000
 """Slots, at most, that are gone through for the latest one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """A due time, and the id of the task that is sent for it."""
 
     due: datetime

@@ -20,8 +20,7 @@ The rules every transport keeps:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 __all__ = [
     "TLS",
@@ -49,8 +48,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """What every reply says of the member that gave it."""
 
     revision: int
@@ -61,8 +59,7 @@ class Header:
     """An earlier attempt of this call got no answer: it may still be carried out."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValue:
+class KeyValue(NamedTuple):
     key: str
     value: bytes
     create_revision: int
@@ -71,8 +68,7 @@ class KeyValue:
     lease: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Compare:
+class Compare(NamedTuple):
     """One condition of a transaction, on one key or (`range_end`) on every key of ``[key, range_end)``.
 
     Over an empty range a number compares as 0, as it does for a key that does not exist.
@@ -85,8 +81,7 @@ class Compare:
     range_end: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """Read one key, or the keys of ``[key, range_end)``. `limit` 0: all of them."""
 
     key: str
@@ -100,15 +95,13 @@ class Range:
     max_create_revision: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
+class Put(NamedTuple):
     key: str
     value: bytes
     lease: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(NamedTuple):
     key: str
     range_end: str | None = None
 
@@ -116,8 +109,7 @@ class Delete:
 Operation: TypeAlias = "Range | Put | Delete"
 
 
-@dataclass(frozen=True, slots=True)
-class Txn:
+class Txn(NamedTuple):
     """If every comparison holds do `success`, in order, else `failure`; all at one revision."""
 
     compare: Sequence[Compare]
@@ -125,22 +117,19 @@ class Txn:
     failure: Sequence[Operation] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RangeReply:
+class RangeReply(NamedTuple):
     header: Header
     kvs: tuple[KeyValue, ...]
-    count: int
+    count: int  # type: ignore[assignment]  # instead of tuple's
     """Keys in the range; larger than ``len(kvs)`` under a limit."""
     more: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PutReply:
+class PutReply(NamedTuple):
     header: Header
 
 
-@dataclass(frozen=True, slots=True)
-class DeleteReply:
+class DeleteReply(NamedTuple):
     header: Header
     deleted: int
 
@@ -148,8 +137,7 @@ class DeleteReply:
 OperationReply: TypeAlias = "RangeReply | PutReply | DeleteReply"
 
 
-@dataclass(frozen=True, slots=True)
-class TxnReply:
+class TxnReply(NamedTuple):
     header: Header
     succeeded: bool
     responses: tuple[OperationReply, ...]
@@ -162,16 +150,14 @@ class TxnReply:
         return reply
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseReply:
+class LeaseReply(NamedTuple):
     header: Header
     lease: int
     ttl: int
     """Seconds, as the server granted them; 0 in answer to a renewal: there is no such lease any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseKeys:
+class LeaseKeys(NamedTuple):
     header: Header
     lease: int
     ttl: int
@@ -180,8 +166,7 @@ class LeaseKeys:
     keys: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """One member's own word about itself."""
 
     endpoint: str
@@ -199,8 +184,7 @@ class Status:
     """Bytes at which it takes no more writes; 0: it does not say (before 3.6 none does)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(NamedTuple):
     """Changes of one key, or of ``[key, range_end)``, from `start_revision` on (0: from now)."""
 
     key: str
@@ -209,15 +193,13 @@ class Watch:
     deletes_only: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     kind: Literal["put", "delete"]
     kv: KeyValue
     """Of a delete: the key, and as `mod_revision` the revision of the deletion."""
 
 
-@dataclass(frozen=True, slots=True)
-class WatchReply:
+class WatchReply(NamedTuple):
     header: Header
     events: tuple[Event, ...]
     """Empty: the server confirms that it watches, or only that it is there."""
@@ -237,8 +219,7 @@ class WatchStream(Protocol):
         """End the iteration, at once, from any thread. Never raises."""
 
 
-@dataclass(frozen=True, slots=True)
-class TLS:
+class TLS(NamedTuple):
     """Files, as paths. `ca_certs` None: the system's; `cert_reqs` as in Celery's ``redis_backend_use_ssl``."""
 
     ca_certs: str | None = None

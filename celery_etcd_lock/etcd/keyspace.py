@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from celery_etcd_lock.etcd.api import (
     Compare,
@@ -88,7 +87,7 @@ class Keyspace:
         if more:
             found = found[: request.limit]
         if request.keys_only:
-            found = [replace(kv, value=b"") for kv in found]
+            found = [kv._replace(value=b"") for kv in found]
         return RangeReply(self.header(), tuple(found), count, more)
 
     def delete(self, request: Delete) -> DeleteReply:
@@ -115,7 +114,7 @@ class Keyspace:
         revision = self.revision + 1
         responses = [self._carry_out(operation, revision) for operation in operations]
         header = self.header()
-        return TxnReply(header, succeeded, tuple(replace(response, header=header) for response in responses))
+        return TxnReply(header, succeeded, tuple(response._replace(header=header) for response in responses))
 
     def _carry_out(self, operation: Operation, revision: int) -> OperationReply:
         if isinstance(operation, Range):
@@ -173,7 +172,7 @@ def wanted(request: Watch, events: Iterable[Event]) -> tuple[Event, ...]:
         for event in events
         if (event.kind == "delete" or not request.deletes_only)
         and event.kv.mod_revision >= request.start_revision
-        and _encoded(event.kv.key) in span
+        and span.holds(_encoded(event.kv.key))
     )
 
 
@@ -185,8 +184,7 @@ def no_lease() -> LeaseNotFound:
     return LeaseNotFound("etcdserver: requested lease not found", 5)
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(NamedTuple):
     """The keys a request names: `start` alone, or from there to before `end`, in the order of their bytes."""
 
     start: bytes
@@ -200,7 +198,7 @@ class _Span:
     def empty(self) -> bool:
         return self.end is not None and self.end != _FROM_KEY_ON and self.end <= self.start
 
-    def __contains__(self, key: bytes) -> bool:
+    def holds(self, key: bytes) -> bool:
         if self.end is None:
             return key == self.start
         return key >= self.start and (self.end == _FROM_KEY_ON or key < self.end)
@@ -208,7 +206,7 @@ class _Span:
     def find(self, keys: _Keys) -> list[KeyValue]:
         if self.end is None:
             return [keys[self.start]] if self.start in keys else []
-        return [keys[key] for key in sorted(key for key in keys if key in self)]
+        return [keys[key] for key in sorted(filter(self.holds, keys))]
 
 
 def _encoded(key: str) -> bytes:
@@ -249,7 +247,7 @@ def _collide(operations: Sequence[Operation]) -> bool:
     puts = [_encoded(put.key) for put in operations if isinstance(put, Put)]
     deletes = [_Span.of(delete) for delete in operations if isinstance(delete, Delete)]
     # a delete "from the key on" slips through this check of etcd's
-    deleted = any(key in span for key in puts for span in deletes if span.end != _FROM_KEY_ON)
+    deleted = any(span.holds(key) for key in puts for span in deletes if span.end != _FROM_KEY_ON)
     return deleted or len(set(puts)) < len(puts)
 
 

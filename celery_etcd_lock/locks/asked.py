@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote, unquote
 
 from celery_etcd_lock.etcd.api import Compare, Delete, KeyValue, Put, Range, Transport, Txn, created_at
@@ -36,8 +35,7 @@ Answer: TypeAlias = Literal["none", "told", "gone"]
 """``"none"``: it was not heard yet. ``"told"``: it was, and the holder's key is there still. ``"gone"``: it is not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """What is in the key: who asks, since when, and for the contender of which create revision."""
 
     by: str
@@ -46,7 +44,7 @@ class Wish:
     revision: int
 
     def encoded(self) -> bytes:
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
+        return json.dumps(self._asdict(), separators=(",", ":")).encode()
 
     @classmethod
     def decoded(cls, value: bytes) -> Wish | None:
@@ -88,8 +86,7 @@ def heed(session: Session, namespace: str, listed: set[str]) -> None:
 # -- who asks
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """The session behind a lease."""
 
     key: str

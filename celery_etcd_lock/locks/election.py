@@ -10,8 +10,8 @@ too: give elections names of their own.)
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from celery_etcd_lock.etcd.api import Compare, Put, Range, Txn, TxnReply, prefix_end
 from celery_etcd_lock.exceptions import EtcdUnavailable, LeaseNotFound, LockLost
@@ -27,8 +27,7 @@ _PAUSE = 0.2
 """Seconds between two looks while etcd does not answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Leader:
+class Leader(NamedTuple):
     """Who led at the moment of one answer of etcd's."""
 
     key: str

@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
 
 from celery_etcd_lock.locks.contender import Contender, Contenders
 
 __all__ = ["Expiries", "Expiry"]
 
 
-@dataclass(eq=False, slots=True)
 class Expiry:
-    """When `contender` is lost, for `reason`, and `grace` seconds after which it goes."""
+    """That `contender` is lost `at` a moment of the session's clock, for `reason`, and goes `grace` seconds after."""
 
-    contender: Contender
-    at: float
-    """By the session's clock."""
-    grace: float
-    reason: str
-    said: bool = False
+    def __init__(self, contender: Contender, at: float, grace: float, reason: str) -> None:
+        self.contender = contender
+        self.at = at
+        self.grace = grace
+        self.reason = reason
+        self.said = False
 
     @property
     def due(self) -> float:

@@ -24,10 +24,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from celery_etcd_lock.etcd.api import Compare, KeyValue, Range, prefix_end
 from celery_etcd_lock.exceptions import ConfigError
@@ -56,8 +55,7 @@ _created = attrgetter("create_revision")
 _dump = json.JSONEncoder(separators=(",", ":")).encode
 
 
-@dataclass(frozen=True, slots=True)
-class Mode:
+class Mode(NamedTuple):
     """How a contender wants in: alone, beside other readers, or as one of `limit`. And what to ask etcd for that."""
 
     kind: Kind
@@ -206,8 +204,7 @@ def is_contender(key: str, lease: int) -> bool:
     return len(parts) == 3 and parts[1] in _KINDS and parts[2].partition("-")[0] == f"{lease:x}"
 
 
-@dataclass(frozen=True, slots=True)
-class Description:
+class Description(NamedTuple):
     """What a contender says of itself, as far as it says anything: strangers need not."""
 
     holder: str

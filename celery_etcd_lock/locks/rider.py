@@ -6,8 +6,7 @@ A `Rider` has a condition of its own. If that does not hold it is dropped, and t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from celery_etcd_lock.etcd.api import Compare, Operation, Put, Range, Txn, created_at
 from celery_etcd_lock.exceptions import LeaseNotFound, LockLost
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Rider", "leases_of", "ride"]
 
 
-@dataclass(frozen=True, slots=True)
-class Rider:
+class Rider(NamedTuple):
     """`operations`, to be carried out together with taking a lock if all of `compare` hold, and dropped if not.
 
     An acquire that fails may have carried them out all the same: so may any request whose answer is lost.

@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from celery_etcd_lock.etcd.api import Transport, Watch, WatchStream, prefix_end
 from celery_etcd_lock.exceptions import Compacted, EtcdLockError, EtcdRejected
@@ -105,8 +104,7 @@ class Wakeups:
                 watch.wake()
 
 
-@dataclass(frozen=True, slots=True)
-class _Wait:
+class _Wait(NamedTuple):
     revision: int
     puts: bool
 

@@ -13,15 +13,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from celery_etcd_lock.signals import AcquiredRecord, ContendedRecord, LostRecord, ReleasedRecord
 
 __all__ = ["Tally"]
 
 
-@dataclass(frozen=True)
-class _Wait:
+class _Wait(NamedTuple):
     since: float
     until: float
     """Infinite: it waits in its slot."""

@@ -14,7 +14,7 @@ import random as _random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Final, Literal, TypeAlias, cast, get_args
+from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, cast, get_args
 
 from celery_etcd_lock.exceptions import ConfigError
 
@@ -52,28 +52,24 @@ def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str | No
     return next(iter(difflib.get_close_matches(word.lower(), candidates, n=1, cutoff=cutoff)), None)
 
 
-@dataclass(frozen=True)
-class PutBack:
+class PutBack(NamedTuple):
     """Publish the same message again, to come back after `countdown` seconds."""
 
     countdown: float
 
 
-@dataclass(frozen=True)
-class SkipRun:
+class SkipRun(NamedTuple):
     """Do not run the body: the task succeeds with `result`, and its chain goes on or fails."""
 
     result: Any = None
     chain: InChain = "fail"
 
 
-@dataclass(frozen=True)
-class Refuse:
+class Refuse(NamedTuple):
     """Fail the task with `LockContended`."""
 
 
-@dataclass(frozen=True)
-class WaitInPlace:
+class WaitInPlace(NamedTuple):
     """Stand in etcd's queue for at most `timeout` seconds; then decide again with ``timed_out=True``."""
 
     timeout: float
@@ -220,8 +216,7 @@ class Conflict(ABC):
         return f"Conflict.{self.name}({', '.join(f'{key}={value!r}' for key, value in self._set().items())})"
 
 
-@dataclass(frozen=True)
-class _Case:
+class _Case(NamedTuple):
     waits: int
     waited: float
     timed_out: bool

@@ -28,8 +28,7 @@ import json
 import logging
 import threading
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 from celery import signals as celery_signals
@@ -60,15 +59,14 @@ _PAUSE = 1.0
 """Seconds between two attempts to finish a mark while etcd does not answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """How far the copies of one publication have come. In a copy's own hands: how far it is itself."""
 
     stage: Literal["waiting", "ending", "done"]
     retries: int
     """Which attempt of the task, as Celery counts."""
     nonce: str = ""
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # instead of tuple's
     """While it waits: how often it was put back."""
 
     def to_json(self) -> bytes:
@@ -142,7 +140,7 @@ class Copies:
         mark = Mark.parse(found[0].value) if found else None
         judged = verdict(mark, self._mine)
         if mark is not None and not self._mine.nonce:
-            self._mine = replace(self._mine, nonce=mark.nonce)  # it is a copy of that, as far as anybody can tell
+            self._mine = self._mine._replace(nonce=mark.nonce)  # it is a copy of that, as far as anybody can tell
         if judged == "drop":
             what = "etcd_lock.copy_dropped: %s[%s] was delivered more than once, and another copy is further: %s"
             logger.info(what, self._name, self._id, found[0].value.decode(errors="replace"))

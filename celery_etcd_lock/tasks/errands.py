@@ -16,8 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from celery_etcd_lock.etcd import Transport
@@ -47,8 +46,7 @@ _FORK_WAITS = 0.2
 """Seconds, at most, for an errand under way."""
 
 
-@dataclass(frozen=True)
-class _Errand:
+class _Errand(NamedTuple):
     job: Callable[[Transport], object]
     until: float
 

@@ -15,7 +15,7 @@ delete it. The layout is public: a rolling deploy mixes versions.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from celery_etcd_lock.etcd.api import Compare, Delete, Put, created_at
 from celery_etcd_lock.tasks.keys import lock_name
@@ -26,8 +26,7 @@ _SHARED = "@shared"
 _SLASH = "%2F"
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """One message's mark: the same key for all that exclude each other, a value of its own."""
 
     key: str

@@ -21,9 +21,8 @@ import math
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from celery_etcd_lock.exceptions import ConfigError
 
@@ -55,11 +54,10 @@ _NOT_OPTIONS = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Waits:
+class Waits(NamedTuple):
     """What a message has waited so far."""
 
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # instead of tuple's
     """How often it was put back because somebody else held the lock."""
     seconds: float = 0.0
     """How long it had waited for the lock when it was put back; waiting for etcd itself is not counted."""
@@ -88,11 +86,11 @@ class Waits:
 
     def contended(self, now: float) -> Waits:
         """Put back at `now`, because somebody else holds the lock."""
-        return replace(self, count=self.count + 1, seconds=self.waited(now), at=now, outages=0, times=self.times + 1)
+        return self._replace(count=self.count + 1, seconds=self.waited(now), at=now, outages=0, times=self.times + 1)
 
     def unavailable(self, now: float) -> Waits:
         """Put back at `now`, because etcd does not answer."""
-        return replace(self, seconds=self.waited(now), at=0.0, outages=self.outages + 1, times=self.times + 1)
+        return self._replace(seconds=self.waited(now), at=0.0, outages=self.outages + 1, times=self.times + 1)
 
     def lost(self) -> Waits:
         """It had the lock, and is to begin anew."""
@@ -175,7 +173,7 @@ def unix_time(moment: Any) -> float | None:
 
 def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[str, Any]:
     """The headers with which the message of `request` is put back. `again`: there may be copies of it."""
-    header = {"of": str(request.id), **_header_of(request), **asdict(waits)}
+    header = {"of": str(request.id), **_header_of(request), **waits._asdict()}
     if again:
         header["again"] = True
     return {**(request.headers or {}), HEADER: header}
@@ -196,7 +194,7 @@ def forget_waits(request: Context) -> None:
     """It has the lock: what it waited for that is not to count when the body sends its task again."""
     headers = request.headers or {}
     if HEADER in headers:
-        forgotten = {each.name for each in fields(Waits)} - {"times"} | {"again", "repeated"}
+        forgotten = set(Waits._fields) - {"times"} | {"again", "repeated"}
         mine = {key: value for key, value in _header_of(request).items() if key not in forgotten}
         request.headers = {**headers, HEADER: mine}
 

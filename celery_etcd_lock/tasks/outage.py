@@ -52,7 +52,7 @@ class Outage:
             what = f"etcd still refuses ({error})" if refused else f"still no etcd at {where}"
             logger.error(
                 "etcd_lock.unavailable: %s, for %.0f s; %d singleton tasks met with it so far",
-                what, word.lasted, word.count,
+                what, word.lasted, word.met,
             )  # fmt: skip
             return
         observed = consequence == "observe"
@@ -78,4 +78,4 @@ class Outage:
         """A lock was taken, or refused by its holder: etcd answers."""
         if word := self._spell.over():
             what = "etcd_lock.available: etcd is back after %.0f s; %d singleton tasks met with it"
-            logger.warning(what, word.lasted, word.count)
+            logger.warning(what, word.lasted, word.met)

@@ -40,11 +40,11 @@ class Respite:
         else:
             logger.warning(
                 "etcd_lock.unmarked: still, for %.0f s; %d tasks with unique_queued met with it so far: %s",
-                word.lasted, word.count, error,
+                word.lasted, word.met, error,
             )  # fmt: skip
 
     def over(self) -> None:
         """etcd has served somebody."""
         if word := self._spell.over():
             what = "etcd_lock.marked_again: etcd is back after %.0f s; %d tasks with unique_queued met with it"
-            logger.warning(what, word.lasted, word.count)
+            logger.warning(what, word.lasted, word.met)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Spell", "Word"]
 
@@ -16,14 +16,13 @@ _REMINDER = 60.0
 """Seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(NamedTuple):
     """What there is to say now."""
 
     first: bool
     lasted: float
     """Seconds."""
-    count: int
+    met: int
     """How many met with it so far."""
 
 

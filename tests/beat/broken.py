@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -43,7 +42,7 @@ def _at_most_once() -> None:
         record = parse(value)
         if record.state != "sending" or record.slot is None:
             return record
-        return replace(record, state="sent", last_run_at=record.slot.due)
+        return record._replace(state="sent", last_run_at=record.slot.due)
 
     Record.parse = staticmethod(parsed)  # type: ignore[method-assign]
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import os
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -481,10 +480,6 @@ class World:
                 continue
 
     def told(self, reply: Any) -> Any:
-        if isinstance(reply, Sequence) and not isinstance(reply, (str, bytes)):
-            return [self.told(one) for one in reply]
-        if not dataclasses.is_dataclass(reply) or isinstance(reply, type):
-            return reply
         if isinstance(reply, Header):
             return reply.revision - self.start
         if isinstance(reply, KeyValue):
@@ -496,7 +491,9 @@ class World:
                 reply.version,
                 self._number(reply.lease),
             )
-        told = {field.name: self.told(getattr(reply, field.name)) for field in dataclasses.fields(reply)}
+        if not hasattr(reply, "_asdict"):
+            return [self.told(one) for one in reply] if isinstance(reply, (list, tuple)) else reply
+        told = {name: self.told(value) for name, value in reply._asdict().items()}
         if isinstance(reply, (LeaseReply, LeaseKeys)):
             told["lease"] = self._number(reply.lease)
             told["ttl"] = (reply.ttl > 0) - (reply.ttl < 0)
@@ -506,10 +503,9 @@ class World:
 
     def _operation(self, operation: Operation) -> Operation:
         if isinstance(operation, Put):
-            return dataclasses.replace(operation, lease=self._lease(operation.lease))
+            return operation._replace(lease=self._lease(operation.lease))
         if isinstance(operation, Range):
-            return dataclasses.replace(
-                operation,
+            return operation._replace(
                 revision=self._revision(operation.revision),
                 max_create_revision=self._revision(operation.max_create_revision),
             )
@@ -519,7 +515,7 @@ class World:
         if isinstance(compare.operand, bytes) or compare.target == "version":
             return compare
         symbol = self._lease if compare.target == "lease" else self._revision
-        return dataclasses.replace(compare, operand=symbol(compare.operand))
+        return compare._replace(operand=symbol(compare.operand))
 
     def _revision(self, number: int) -> int:
         return number and max(self.start + number, 1)

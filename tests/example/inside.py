@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import django
 
@@ -104,7 +103,7 @@ def a_copy_is_no_job_of_its_own() -> None:
     JobRun.objects.create(task_id="1", task="a", state=JobRun.State.RUNNING)
     receivers.met_another(record=met)
     assert [run.state for run in JobRun.objects.all()] == ["running"]
-    receivers.met_another(record=replace(met, task_id="2"))
+    receivers.met_another(record=met._replace(task_id="2"))
     assert JobRun.objects.get(task_id="2").state == "waiting", "control: another message"
     JobRun.objects.update(state=JobRun.State.SENT)
     receivers.met_another(record=met)

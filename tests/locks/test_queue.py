@@ -425,7 +425,7 @@ def overtaking(mode: Mode, name: str, ahead: list[KeyValue], task_id: str) -> tu
 
 
 def one_too_many(mode: Mode, name: str, ahead: list[KeyValue], task_id: str) -> tuple[KeyValue, ...]:
-    return keeping_out(replace(mode, limit=mode.limit + 1), name, ahead, task_id)
+    return keeping_out(mode._replace(limit=mode.limit + 1), name, ahead, task_id)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -188,7 +187,7 @@ class TestUnanswered:
             def txn(self, request: Txn, *, timeout: float | None = None) -> Any:
                 super().txn(request)
                 reply = super().txn(request)
-                return replace(reply, header=replace(reply.header, unanswered=True))
+                return reply._replace(header=reply.header._replace(unanswered=True))
 
         session = Session(Twice(MemoryEtcd()), ttl=30, background=False)
         for _ in range(3):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -426,7 +425,7 @@ def test_a_key_created_by_an_unheard_first_try_is_adopted(store: MemoryEtcd, clo
         def txn(self, request: Txn, *, timeout: float | None = None) -> Any:
             super().txn(request)
             reply = super().txn(request)
-            return replace(reply, header=replace(reply.header, unanswered=True))
+            return reply._replace(header=reply.header._replace(unanswered=True))
 
     session = Session(Twice(store), ttl=30, clock=clock, background=False)
     tokens = []

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -476,7 +475,7 @@ class TestUpkeep:
             def txn(self, request: Txn, *, timeout: float | None = None) -> Any:
                 super().txn(request)
                 reply = super().txn(request)
-                return replace(reply, header=replace(reply.header, unanswered=True))
+                return reply._replace(header=reply.header._replace(unanswered=True))
 
         session = Session(Twice(store), ttl=30, clock=clock, background=False)
         for blocking in (True, False):

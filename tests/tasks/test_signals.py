@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -193,7 +192,7 @@ class TestSignals:
     def test_records_are_frozen(self) -> None:
         """A receiver cannot change what the next one is told."""
         record = signals.SessionLostRecord("/k", 1, "gone")
-        with pytest.raises(FrozenInstanceError):
+        with pytest.raises(AttributeError):
             record.reason = "no"  # type: ignore[misc]
 
 

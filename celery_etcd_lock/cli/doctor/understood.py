@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,7 +29,7 @@ def _plain(name: str, value: object) -> Any:
     if name in _SECRET:
         return None if value is None else _MASK
     if isinstance(value, TLS):
-        return asdict(value)
+        return value._asdict()
     if isinstance(value, Conflict):
         return value.to_json()
     if isinstance(value, tuple):
