@@ -38,10 +38,11 @@ __all__ = ["GatewayTransport", "GatewayWatch"]
 class GatewayCluster(Cluster[Endpoint]):
     """See `Cluster`."""
 
-    anonymous: Mapping[str, str] = {
+    anonymous: Mapping[
+        str, str
+    ] = {  # no more of them: etcd carries each (a User-Agent too) on, through a hop of its own
         "Content-Type": "application/json",
         "Accept-Encoding": "identity",
-        "User-Agent": "celery-etcd-lock",
         # a member that has lost its leader says so, instead of letting us wait
         "Grpc-Metadata-hasleader": "true",
     }
@@ -112,18 +113,18 @@ class GatewayTransport:
         return codec.delete_in(reply, header)
 
     def lease_grant(self, ttl: int, *, timeout: float | None = None) -> LeaseReply:
-        reply, header = self._call("/v3/lease/grant", {"TTL": ttl}, timeout)
+        reply, header = self._call("/v3/lease/grant", codec.dump({"TTL": ttl}), timeout)
         return codec.lease_in(reply, header)
 
     def lease_renew(self, lease: int, *, timeout: float | None = None) -> LeaseReply:
-        reply, header = self._call("/v3/lease/keepalive", {"ID": lease}, timeout)
+        reply, header = self._call("/v3/lease/keepalive", codec.dump({"ID": lease}), timeout)
         return codec.lease_in(reply, header)
 
     def lease_revoke(self, lease: int, *, timeout: float | None = None) -> None:
-        self._call("/v3/lease/revoke", {"ID": lease}, timeout)
+        self._call("/v3/lease/revoke", codec.dump({"ID": lease}), timeout)
 
     def lease_time_to_live(self, lease: int, *, keys: bool = False, timeout: float | None = None) -> LeaseKeys:
-        reply, header = self._call("/v3/lease/timetolive", {"ID": lease, "keys": keys}, timeout)
+        reply, header = self._call("/v3/lease/timetolive", codec.dump({"ID": lease, "keys": keys}), timeout)
         return codec.lease_keys_in(reply, header)
 
     def watch(self, request: Watch) -> GatewayWatch:
@@ -148,8 +149,8 @@ class GatewayTransport:
     def close(self) -> None:
         self._cluster.close()
 
-    def _call(self, path: str, request: Json, timeout: float | None) -> tuple[Json, Header]:
-        reply, unanswered = self._cluster.everywhere(self._cluster.posting(path, codec.dump(request)), timeout)
+    def _call(self, path: str, body: str, timeout: float | None) -> tuple[Json, Header]:
+        reply, unanswered = self._cluster.everywhere(self._cluster.posting(path, body), timeout)
         reply = reply.get("result", reply)  # what is a stream in gRPC comes wrapped
         return reply, codec.header_in(reply, unanswered)
 
@@ -159,7 +160,7 @@ class GatewayWatch:
 
     def __init__(self, cluster: GatewayCluster, request: Watch) -> None:
         self._cluster = cluster
-        self._body = codec.dump(codec.watch_out(request))
+        self._body = codec.watch_out(request)
         self._pid = os.getpid()
         self._reading = threading.Lock()
         self._closed = False

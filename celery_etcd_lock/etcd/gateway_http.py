@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
+import select
 import socket
 import ssl
 import time
@@ -18,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.util.connection import is_connection_dropped
 
 from celery_etcd_lock.etcd import diagnosis, http1
 from celery_etcd_lock.etcd.api import TLS
@@ -92,14 +92,23 @@ class _NotConnectedError(Exception):
 
 
 class _Connection(HTTPConnection):
+    _silence: select.poll | None = None
+
     def connect(self) -> None:
         try:
             super().connect()
         except Exception as error:
             raise _NotConnectedError from error
 
+    def hung_up(self) -> bool:
+        """Whether the other side has ended it. Between two requests it has nothing else to say."""
+        if self._silence is None:
+            self._silence = select.poll()
+            self._silence.register(self.sock, select.POLLIN)
+        return bool(self._silence.poll(0))
 
-class _TLSConnection(HTTPSConnection):
+
+class _TLSConnection(_Connection, HTTPSConnection):
     def connect(self) -> None:
         """As urllib3's own, but for the checks, which are `ssl`'s alone: 1.26 knows no context that checks an IP."""
         assert self.ssl_context
@@ -128,18 +137,18 @@ class Endpoint:
         self.streams: set[Stream] = set()
         self._authority = parts.netloc
         self._closed = False
-        self._idle: deque[HTTPConnection] = deque()
+        self._idle: deque[_Connection] = deque()
         weakref.finalize(self, _close_all, self._idle)  # of who forgets to close it
         self._head: tuple[Mapping[str, str], bytes] | None = None
 
-    def _connected(self, timeout: float) -> HTTPConnection:
+    def _connected(self, timeout: float) -> _Connection:
         """A connection: one that is kept and was not hung up on meanwhile, or a new one."""
         while True:
             try:
                 connection = self._idle.pop()
             except IndexError:
                 break
-            if not is_connection_dropped(connection):
+            if not connection.hung_up():
                 return connection
             connection.close()
         options = [*HTTPConnection.default_socket_options, *_KEEPALIVE]
@@ -152,7 +161,7 @@ class Endpoint:
         connection.connect()
         return connection
 
-    def _keep(self, connection: HTTPConnection) -> None:
+    def _keep(self, connection: _Connection) -> None:
         """For the next request."""
         if len(self._idle) < _IDLE_CONNECTIONS:
             self._idle.append(connection)
@@ -312,7 +321,7 @@ class Stream:
         _close_descriptor(self._socket)
 
 
-def _close_all(idle: deque[HTTPConnection]) -> None:
+def _close_all(idle: deque[_Connection]) -> None:
     with contextlib.suppress(IndexError):
         while True:
             idle.pop().close()

@@ -113,18 +113,17 @@ class Link:
         self._lock = threading.RLock()
         self._under_way = 0
         self._retired = False
-        self._greeted = False
+        self.greeted = False
+        """Whether somebody has answered on it."""
 
     def greet(self, timeout: float) -> None:
         """Before the first call: make sure that somebody answers. What fails here, as `LINK_ERRORS`, had no effect."""
-        if self._greeted:
-            return
         try:
             self._channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=timeout)
         except grpc.RpcError as error:
             if error.code() in _SILENT:
                 raise
-        self._greeted = True  # or refused: that is an answer too
+        self.greeted = True  # or refused: that is an answer too
 
     def unary(self, name: str) -> Any:
         call = self._unary.get(name)

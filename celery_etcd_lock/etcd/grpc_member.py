@@ -59,13 +59,14 @@ class Member:
 
     def call(self, name: str, message: Message, headers: Mapping[str, str], timeout: float) -> Message:
         """etcd's reply; raises `NoAnswer` if there is none within `timeout` seconds, and what etcd says instead."""
-        deadline = time.monotonic() + timeout
         link = self._current()
         try:
             with link.using():
-                self._greet(link, timeout)
-                left = max(0.001, deadline - time.monotonic())
-                return link.unary(name)(message, timeout=left, metadata=tuple(headers.items()))
+                if not link.greeted:
+                    deadline = time.monotonic() + timeout
+                    self._greet(link, timeout)
+                    timeout = max(0.001, deadline - time.monotonic())
+                return link.unary(name)(message, timeout=timeout, metadata=tuple(headers.items()))
         except LINK_ERRORS as error:
             raise self._failure(link, error) from error
 

@@ -147,20 +147,21 @@ def _keys(key: str, range_end: str | None) -> Fields:
 
 
 def _range_fields(request: Range) -> Fields:
-    fields = _keys(request.key, request.range_end)
-    if request.limit:
-        fields["limit"] = request.limit
-    if request.revision:
-        fields["revision"] = request.revision
-    if request.sort or request.descending:
-        fields["sort_order"] = 2 if request.descending else 1
-        fields["sort_target"] = _SORT_TARGETS[request.sort or "key"]
-    if request.keys_only:
+    key, range_end, limit, revision, sort, descending, keys_only, count_only, max_create_revision = request
+    fields = _keys(key, range_end)
+    if limit:
+        fields["limit"] = limit
+    if revision:
+        fields["revision"] = revision
+    if sort or descending:
+        fields["sort_order"] = 2 if descending else 1
+        fields["sort_target"] = _SORT_TARGETS[sort or "key"]
+    if keys_only:
         fields["keys_only"] = True
-    if request.count_only:
+    if count_only:
         fields["count_only"] = True
-    if request.max_create_revision:
-        fields["max_create_revision"] = request.max_create_revision
+    if max_create_revision:
+        fields["max_create_revision"] = max_create_revision
     return fields
 
 
@@ -173,20 +174,21 @@ def delete_out(request: Delete) -> Message:
 
 
 def _compare_fields(compare: Compare) -> Fields:
-    wanted: type = bytes if compare.target == "value" else int
-    if not isinstance(compare.operand, wanted):
-        what = "a value is compared with bytes" if wanted is bytes else f"a {compare.target} is compared with a number"
-        raise TypeError(f"{what}, not {compare.operand!r}")
-    fields = _keys(compare.key, compare.range_end)
-    fields["target"], fields["result"] = _TARGETS[compare.target], _OPERATORS[compare.operator]
-    fields[_OPERANDS.get(compare.target, compare.target)] = compare.operand
+    key, target, operator, operand, range_end = compare
+    wanted: type = bytes if target == "value" else int
+    if not isinstance(operand, wanted):
+        what = "a value is compared with bytes" if wanted is bytes else f"a {target} is compared with a number"
+        raise TypeError(f"{what}, not {operand!r}")
+    fields = _keys(key, range_end)
+    fields["target"], fields["result"] = _TARGETS[target], _OPERATORS[operator]
+    fields[_OPERANDS.get(target, target)] = operand
     return fields
 
 
 def _operation_fields(operation: Operation) -> Fields:
     if isinstance(operation, Put):
-        put = {"key": text_out(operation.key), "value": operation.value, "lease": operation.lease}
-        return {"request_put": put}
+        key, value, lease = operation
+        return {"request_put": {"key": text_out(key), "value": value, "lease": lease}}
     if isinstance(operation, Range):
         return {"request_range": _range_fields(operation)}
     return {"request_delete_range": _keys(operation.key, operation.range_end)}

@@ -8,7 +8,7 @@ nonce in it, on our lease, under a name that is given out once at a time.
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -80,7 +80,7 @@ def acquire(
     handler raises there ends the acquire as any does.
     """
     session.assert_trusted()
-    contender = session.contenders.take(name, mode.kind, secrets.token_hex(6), sibling=at_least_for > 0)
+    contender = session.contenders.take(name, mode.kind, os.urandom(6).hex(), sibling=at_least_for > 0)
     attempt = _Attempt(session, contender, mode, describe, value)
     attempt.rider, attempt.at_least_for, attempt.waiting = rider, at_least_for, waiting
     try:
@@ -116,7 +116,7 @@ class _Attempt:
             value = queue.value_of(
                 host=session.host,
                 pid=session.pid,
-                since=datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+                since=datetime.now(timezone.utc).isoformat(timespec="milliseconds")[: -len("+00:00")] + "Z",
                 nonce=contender.nonce,
                 extra=describe,
             )
@@ -259,7 +259,8 @@ class _Attempt:
 
     def keeping_out(self, queued: Iterable[KeyValue]) -> tuple[KeyValue, ...]:
         """Those of `queued` that we have to wait for; our own key and later ones do not count."""
-        return queue.keeping_out(self.mode, self.name, self.ahead(queued), self.task_id)
+        ahead = self.ahead(queued)
+        return queue.keeping_out(self.mode, self.name, ahead, self.task_id) if ahead else ()
 
     def ahead(self, queued: Iterable[KeyValue]) -> list[KeyValue]:
         created = self.contender.create_revision

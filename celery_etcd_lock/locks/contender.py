@@ -143,6 +143,8 @@ class Contenders:
             contender.create_revision = revision
             if contender.sibling is not None:
                 contender.sibling.create_revision = revision  # of the same transaction
+            if not contender.listeners:
+                return
             # Who has seen another key of that name has seen one that is gone.
             deceived = [event for event, seen in contender.listeners.items() if seen != revision]
         for event in deceived:
