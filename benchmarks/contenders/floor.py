@@ -35,7 +35,7 @@ class _Wire(Protocol):
 
 
 def _taking(wire: _Wire, succeeded: bytes, *, guarded: bool) -> Callable[[str], Callable[[], object]]:
-    """`take(name)` gives what gives it back; it waits where somebody has it."""
+    """`take(name)` gives what gives it back; it waits where somebody has it, unless it is `guarded`."""
     pairs: dict[str, Pair] = {}
     delete = wire.txn if guarded else wire.delete
 
@@ -43,7 +43,7 @@ def _taking(wire: _Wire, succeeded: bytes, *, guarded: bool) -> Callable[[str], 
         pair = pairs.get(name) or pairs.setdefault(name, wire.pair(name))
         reply = wire.txn(pair.take)
         assert succeeded in reply
-        if pair.key not in reply:
+        if not guarded and pair.key not in reply:
             wire.await_delete(pair.watch)
             assert pair.key in wire.range(pair.look)
         revision = wire.revision(reply) if guarded else 0

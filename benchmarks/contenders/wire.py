@@ -1,8 +1,8 @@
 """etcd's two requests for a lock, written by hand: what any client has to send, as protobuf and as the gateway's JSON.
 
 The pair is Go's recipe and no more: a transaction (if my key is not there put it, and who is first?) and a delete. With
-`epoch` it is what this package sends instead: the transaction also compares a key of the session's, and asks for what a
-refusal would have to say; and the delete is one too, which compares the create revision.
+`epoch` it is what this package sends instead: the transaction also compares a key of the session's, asks who is there
+before it puts, and for what a refusal would have to say; and the delete is one too, which compares the create revision.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def grpc_pair(name: str, lease: int, value: bytes, epoch: tuple[str, int] | None
         return Pair(key, take, lambda _: delete, oldest, watch)
     own = epoch[0].encode()
     same = number(2, 2) + block(3, own) + number(6, epoch[1])
-    newest = block(1, span + number(3, 2) + number(5, 2) + number(6, 2) + number(8, 1))
+    newest = block(1, span + number(3, 1) + number(5, 2) + number(6, 2) + number(8, 1))
     refused = block(3, block(1, block(1, own))) + block(3, mine)
-    take = block(1, absent) + block(1, same) + block(2, put) + block(2, newest) + refused
+    take = block(1, absent) + block(1, same) + block(2, newest) + block(2, put) + refused
 
     def give(revision: int) -> bytes:
         return block(1, number(2, 1) + block(3, key) + number(5, revision)) + block(2, block(3, delete))
@@ -123,10 +123,10 @@ def json_pair(name: str, lease: int, value: bytes, epoch: tuple[str, int] | None
         return Pair(key.encode(), _compact(take), lambda _: delete, _compact(oldest), watch)
     own = text(epoch[0].encode())
     same = {"key": own, "target": "MOD", "result": "EQUAL", "mod_revision": epoch[1]}
-    newest = {**span, "limit": 2, "sort_order": "DESCEND", "sort_target": "CREATE", "keys_only": True}
+    newest = {**span, "limit": 1, "sort_order": "DESCEND", "sort_target": "CREATE", "keys_only": True}
     take = {
         "compare": [absent, same],
-        "success": [put, {"request_range": newest}],
+        "success": [{"request_range": newest}, put],
         "failure": [{"request_range": {"key": own}}, mine],
     }
     first, last = _compact(

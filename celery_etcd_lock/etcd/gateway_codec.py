@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from celery_etcd_lock.etcd.api import (
@@ -91,6 +92,9 @@ class TokenRefused(AuthRejected):
 
 dump = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
+_KEPT = 256
+"""Parts of transactions that are kept as text. Most of what is sent for a lock was sent for it before."""
+
 _TARGETS = {"create": "create_revision", "mod": "mod_revision", "version": "version", "lease": "lease"}
 _OPERATORS = {"==": "EQUAL", "!=": "NOT_EQUAL", "<": "LESS", ">": "GREATER"}
 
@@ -137,6 +141,7 @@ def _put_out(request: Put) -> str:
     return f'{{"key":"{_text(key)}","value":"{_bytes(value)}","lease":{lease:d}}}'
 
 
+@lru_cache(maxsize=_KEPT)
 def _compare_out(compare: Compare) -> str:
     key, target, operator, operand, range_end = compare
     if target == "value":
@@ -150,6 +155,7 @@ def _compare_out(compare: Compare) -> str:
     return f'{{{_keys(key, range_end)},"target":"{target.upper()}","result":"{_OPERATORS[operator]}",{compared}}}'
 
 
+@lru_cache(maxsize=_KEPT)
 def _operation_out(operation: Operation) -> str:
     if isinstance(operation, Put):
         return f'{{"request_put":{_put_out(operation)}}}'

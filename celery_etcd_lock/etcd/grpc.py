@@ -71,7 +71,7 @@ class GrpcCluster(Cluster[Member]):
         reply = self.calling("authenticate", request)(endpoint, self.anonymous, timeout)
         return {**self.anonymous, "token": reply.token}
 
-    def calling(self, name: str, message: Message) -> Attempt[Member, Message]:
+    def calling(self, name: str, message: Message | bytes) -> Attempt[Member, Message]:
         """The attempt that sends `message` and returns what comes back."""
 
         def call(endpoint: Member, headers: Mapping[str, str], timeout: float) -> Message:
@@ -192,7 +192,7 @@ class GrpcTransport:
     def close(self) -> None:
         self._cluster.close()
 
-    def _call(self, name: str, message: Message, timeout: float | None) -> tuple[Message, Header]:
+    def _call(self, name: str, message: Message | bytes, timeout: float | None) -> tuple[Message, Header]:
         reply, unanswered = self._cluster.everywhere(self._cluster.calling(name, message), timeout)
         return reply, codec.header_in(reply, unanswered)
 

@@ -138,7 +138,7 @@ class Link:
     def _method(kind: Callable[..., Any], path: str, reply: str) -> Any:
         return kind(
             f"/etcdserverpb.{path}",
-            request_serializer=lambda message: message.SerializeToString(),
+            request_serializer=_serialized,
             response_deserializer=getattr(messages, reply).FromString,
         )
 
@@ -166,6 +166,10 @@ class Link:
             close = self._retired and not self._under_way
         if close:
             self._channel.close()
+
+
+def _serialized(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 class Duplex:

@@ -57,7 +57,7 @@ class Member:
         self._older: list[_Watches] = []
         """Streams on which no new watches come, and old ones may still be."""
 
-    def call(self, name: str, message: Message, headers: Mapping[str, str], timeout: float) -> Message:
+    def call(self, name: str, message: Message | bytes, headers: Mapping[str, str], timeout: float) -> Message:
         """etcd's reply; raises `NoAnswer` if there is none within `timeout` seconds, and what etcd says instead."""
         link = self._current()
         try:

@@ -7,6 +7,7 @@ the fields that are used are described: protobuf passes over the others. Enums a
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -131,6 +132,10 @@ _OPERATORS = {"==": 0, ">": 1, "<": 2, "!=": 3}
 _SORT_TARGETS = {"key": 0, "create": 2, "mod": 3}
 
 
+_KEPT = 256
+"""Parts of transactions that are kept serialized. Most of what is sent for a lock was sent for it before."""
+
+
 def text_out(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
@@ -194,12 +199,22 @@ def _operation_fields(operation: Operation) -> Fields:
     return {"request_delete_range": _keys(operation.key, operation.range_end)}
 
 
-def txn_out(request: Txn) -> Message:
-    return messages.TxnRequest(
-        compare=[_compare_fields(each) for each in request.compare],
-        success=[_operation_fields(each) for each in request.success],
-        failure=[_operation_fields(each) for each in request.failure],
-    )
+@lru_cache(maxsize=_KEPT)
+def _compare_out(compare: Compare) -> bytes:
+    return bytes(messages.TxnRequest(compare=[_compare_fields(compare)]).SerializeToString())
+
+
+@lru_cache(maxsize=_KEPT)
+def _operation_out(branch: str, operation: Operation) -> bytes:
+    return bytes(messages.TxnRequest(**{branch: [_operation_fields(operation)]}).SerializeToString())
+
+
+def txn_out(request: Txn) -> bytes:
+    """Serialized: the parts one behind the other, which is what the whole is in protobuf."""
+    parts = [_compare_out(each) for each in request.compare]
+    parts += [_operation_out("success", each) for each in request.success]
+    parts += [_operation_out("failure", each) for each in request.failure]
+    return b"".join(parts)
 
 
 def watch_out(request: Watch, watch_id: int) -> Message:

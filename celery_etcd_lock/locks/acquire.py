@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import datetime, timezone
+from functools import lru_cache
 from itertools import chain
 from typing import TypeAlias
 
@@ -116,7 +116,7 @@ class _Attempt:
             value = queue.value_of(
                 host=session.host,
                 pid=session.pid,
-                since=datetime.now(timezone.utc).isoformat(timespec="milliseconds")[: -len("+00:00")] + "Z",
+                since=_now(),
                 nonce=contender.nonce,
                 extra=describe,
             )
@@ -231,12 +231,12 @@ class _Attempt:
     def join(self) -> int | _Found | None:
         """One request: stand in the queue, and hold the lock if nobody ahead keeps us out. None: look who does."""
         while True:
-            mine = self.puts()
-            join: list[Operation] = [*mine, *self.mode.ahead(self.name, 0, self.task_id, len(mine))]
-            reply = self.send(self.absent(), join, self.own())
+            # In this order: etcd carries them out one after the other, so whoever is found was there before us.
+            others = self.mode.ahead(self.name, 0, self.task_id)
+            reply = self.send(self.absent(), [*others, *self.puts()], self.own())
             assert reply is not None
             if reply.succeeded:
-                ahead, created = self.keeping_out(_contenders(reply, len(mine))), reply.header.revision
+                ahead, created = self.keeping_out(_contenders(reply, 0, len(others))), reply.header.revision
                 return (ahead, created) if ahead else created
             if self.adopt(reply):
                 return None
@@ -257,10 +257,9 @@ class _Attempt:
                 self.contender = another if another.of is None else another.of
         return 0
 
-    def keeping_out(self, queued: Iterable[KeyValue]) -> tuple[KeyValue, ...]:
+    def keeping_out(self, queued: Collection[KeyValue]) -> tuple[KeyValue, ...]:
         """Those of `queued` that we have to wait for; our own key and later ones do not count."""
-        ahead = self.ahead(queued)
-        return queue.keeping_out(self.mode, self.name, ahead, self.task_id) if ahead else ()
+        return queue.keeping_out(self.mode, self.name, self.ahead(queued), self.task_id) if queued else ()
 
     def ahead(self, queued: Iterable[KeyValue]) -> list[KeyValue]:
         created = self.contender.create_revision
@@ -332,6 +331,17 @@ class _Attempt:
         contended = error(self.name, who.holder, who.since)
         contended.task_id = who.task_id
         return contended
+
+
+def _now() -> str:
+    """ISO 8601, UTC."""
+    now = time.time()
+    return f"{_second(int(now))}.{int(now * 1000) % 1000:03d}Z"
+
+
+@lru_cache(maxsize=1)
+def _second(now: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
 
 
 def _contenders(reply: TxnReply, since: int, count: int | None = None) -> list[KeyValue]:

@@ -74,16 +74,14 @@ class Mode(NamedTuple):
         start = f"{name}/{self.kind}/"
         return start, prefix_end(start)
 
-    def ahead(self, name: str, created: int, task_id: str, own: int = 1) -> list[Range]:
+    def ahead(self, name: str, created: int, task_id: str) -> list[Range]:
         """Asks for as much of what is ahead of the contender created at `created` as `keeping_out` needs.
 
-        0: of one that is the newest of all, having just been put. Its `own` keys may be among the answers.
+        0: of one that is not there yet.
         """
-        self_too = 0 if created else own
-        limit = 1 + (self_too if self.kind == "write" else 0)
-        asked = [_newest(span, created, limit, keys_only=True) for span in self._outside(name)]
+        asked = [_newest(span, created, 1, keys_only=True) for span in self._outside(name)]
         if self.kind == "slot":
-            asked.append(_newest(self._inside(name), created, 2 * self.limit + self_too, keys_only=not task_id))
+            asked.append(_newest(self._inside(name), created, 2 * self.limit, keys_only=not task_id))
         return asked + self.twins(name, task_id, created)
 
     def twins(self, name: str, task_id: str, created: int = 0) -> list[Range]:

@@ -232,7 +232,7 @@ class Session:
 
     def assert_trusted(self) -> None:
         """`LockLost` unless the session can be trusted right now."""
-        if self.lost:
+        if self._lost.is_set() or self._closed or os.getpid() != self.pid or self._clock() >= self._deadline:
             raise LockLost(self.reason)
 
     def _overdue(self) -> str:
