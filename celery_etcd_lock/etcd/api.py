@@ -19,8 +19,8 @@ The rules every transport keeps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, overload
 
 __all__ = [
     "TLS",
@@ -36,6 +36,7 @@ __all__ = [
     "PutReply",
     "Range",
     "RangeReply",
+    "Replies",
     "Status",
     "Transport",
     "Txn",
@@ -137,10 +138,29 @@ class DeleteReply(NamedTuple):
 OperationReply: TypeAlias = "RangeReply | PutReply | DeleteReply"
 
 
+class Replies(Sequence["OperationReply"]):
+    """Replies that are made when they are looked at: of most transactions it is enough to know that they were done."""
+
+    def __init__(self, raw: Sequence[Any], made: Callable[[Any], OperationReply]) -> None:
+        self._raw = raw
+        self._made = made
+
+    @overload
+    def __getitem__(self, index: int) -> OperationReply: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[OperationReply]: ...
+    def __getitem__(self, index: int | slice) -> OperationReply | Sequence[OperationReply]:
+        found = self._raw[index]
+        return list(map(self._made, found)) if isinstance(index, slice) else self._made(found)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
 class TxnReply(NamedTuple):
     header: Header
     succeeded: bool
-    responses: tuple[OperationReply, ...]
+    responses: Sequence[OperationReply]
     """One for each operation of the branch that ran, in its order."""
 
     def range(self, index: int) -> RangeReply:

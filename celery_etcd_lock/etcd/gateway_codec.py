@@ -26,6 +26,7 @@ from celery_etcd_lock.etcd.api import (
     PutReply,
     Range,
     RangeReply,
+    Replies,
     Status,
     Txn,
     TxnReply,
@@ -228,7 +229,7 @@ def _operation_in(reply: Json, header: Header) -> OperationReply:
 
 
 def txn_in(reply: Json, header: Header) -> TxnReply:
-    responses = tuple(_operation_in(each, header) for each in reply.get("responses", ()))
+    responses = Replies(reply.get("responses", []), lambda each: _operation_in(each, header))
     return TxnReply(header, bool(reply.get("succeeded", False)), responses)
 
 

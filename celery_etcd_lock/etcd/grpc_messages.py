@@ -33,6 +33,7 @@ from celery_etcd_lock.etcd.api import (
     PutReply,
     Range,
     RangeReply,
+    Replies,
     Status,
     Txn,
     TxnReply,
@@ -264,7 +265,7 @@ def _operation_in(reply: Message, header: Header) -> OperationReply:
 
 
 def txn_in(reply: Message, header: Header) -> TxnReply:
-    return TxnReply(header, reply.succeeded, tuple(_operation_in(each, header) for each in reply.responses))
+    return TxnReply(header, reply.succeeded, Replies(reply.responses, lambda each: _operation_in(each, header)))
 
 
 def lease_in(reply: Message, header: Header) -> LeaseReply:

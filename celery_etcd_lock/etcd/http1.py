@@ -50,9 +50,9 @@ def exchange(sock: socket.socket, path: str, head: bytes, body: str, deadline: f
         status, headers = _parsed(reader.until(b"\r\n\r\n"))
         if status >= 200:
             break  # before it, only that it goes on
-    if b"transfer-encoding" in headers:
+    if _field(headers, b"transfer-encoding") is not None:
         return Answer(status, reader.chunks(), _goes_on(headers))
-    length = headers.get(b"content-length")
+    length = _field(headers, b"content-length")
     if length is None and status not in {204, 304}:
         return Answer(status, reader.rest(), False)
     if length is not None and not length.isdigit():
@@ -60,21 +60,24 @@ def exchange(sock: socket.socket, path: str, head: bytes, body: str, deadline: f
     return Answer(status, reader.exactly(int(length or 0)), _goes_on(headers) and not reader.left)
 
 
-def _goes_on(headers: Mapping[bytes, bytes]) -> bool:
-    return headers.get(b"connection", b"").lower() != b"close"
+def _goes_on(headers: bytes) -> bool:
+    return _field(headers, b"connection") != b"close"
 
 
-def _parsed(block: bytes) -> tuple[int, dict[bytes, bytes]]:
-    first, *lines = block.split(b"\r\n")
+def _field(headers: bytes, name: bytes) -> bytes | None:
+    _, found, rest = headers.partition(b"\r\n%b:" % name)
+    return rest.partition(b"\r\n")[0].strip() if found else None
+
+
+def _parsed(block: bytes) -> tuple[int, bytes]:
+    """The status, and the headers in small letters."""
+    first, _, headers = block.partition(b"\r\n")
     version, _, rest = first.partition(b" ")
     if not version.startswith(_BEGINS) or not rest[:3].isdigit():
         raise http.client.BadStatusLine(first.decode("latin-1"))
     # Of 1.0, which some proxies speak when they have nobody to ask, a connection ends with the answer.
-    headers = {} if version == b"HTTP/1.1" else {b"connection": b"close"}
-    for line in lines:
-        name, _, value = line.partition(b":")
-        headers[name.lower()] = value.strip()
-    return int(rest[:3]), headers
+    last = b"" if version == b"HTTP/1.1" else b"\r\nconnection: close"
+    return int(rest[:3]), b"\r\n" + headers.lower() + last
 
 
 class _Reader:

@@ -294,7 +294,7 @@ class Contenders:
 
     def _removal(self, contender: Contender, also: Sequence[Operation] = ()) -> Txn | None:
         """What to send so that the key is gone and stays gone; None if no request ever named it."""
-        compare = _deletion(contender.key, contender.create_revision).compare
+        compare = [created_at(contender.key, contender.create_revision)] if contender.create_revision else []
         deletions = [Delete(each.key) for each in contender.leaving]
         if not contender.unanswered:
             return Txn(compare, [*deletions, *also]) if contender.create_revision else None

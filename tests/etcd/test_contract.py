@@ -334,7 +334,7 @@ def test_a_transaction_takes_one_branch(store: Store) -> None:
     done = store.transport.txn(txn)
     revision = done.header.revision
     assert done.succeeded
-    assert done.responses == (
+    assert tuple(done.responses) == (
         PutReply(done.header),
         RangeReply(done.header, (KeyValue(key, b"1", revision, revision, 1),), 1),
         DeleteReply(done.header, 1),
@@ -344,7 +344,7 @@ def test_a_transaction_takes_one_branch(store: Store) -> None:
     assert not done.succeeded
     assert done.header.revision == revision + 1
     assert [kv.key for kv in done.range(0).kvs] == [key]
-    assert done.responses[1:] == (DeleteReply(done.header, 1), RangeReply(done.header, (), 0))
+    assert tuple(done.responses)[1:] == (DeleteReply(done.header, 1), RangeReply(done.header, (), 0))
 
 
 def test_a_transaction_is_one_revision(store: Store) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -492,7 +492,8 @@ class World:
                 self._number(reply.lease),
             )
         if not hasattr(reply, "_asdict"):
-            return [self.told(one) for one in reply] if isinstance(reply, (list, tuple)) else reply
+            plain = isinstance(reply, (str, bytes)) or not isinstance(reply, Sequence)
+            return reply if plain else [self.told(one) for one in reply]
         told = {name: self.told(value) for name, value in reply._asdict().items()}
         if isinstance(reply, (LeaseReply, LeaseKeys)):
             told["lease"] = self._number(reply.lease)
