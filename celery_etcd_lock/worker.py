@@ -1,6 +1,7 @@
 """The worker's side: settings are checked before it takes its first message; its children's deaths are noticed.
 
-Only workers import this: `tasks` puts the steps among theirs, by name.
+Only workers import this: `tasks` puts the steps among theirs, by name. It brings what running a task takes, so that
+children are forked with that, and share its memory, though a process that only publishes does without.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import click
 from celery import bootsteps
 
 from celery_etcd_lock import events
+from celery_etcd_lock.etcd import gateway  # noqa: F401 for the children, as the guard is
 from celery_etcd_lock.exceptions import ConfigError
 from celery_etcd_lock.inspection import add_commands, locks_of_children, locks_of_process, sessions_prefix
 from celery_etcd_lock.orphans import LOOK_EVERY, Orphans
 from celery_etcd_lock.settings import Settings
-from celery_etcd_lock.tasks import instance
+from celery_etcd_lock.tasks import guard, instance  # noqa: F401
 from celery_etcd_lock.tasks.errands import Errands
 from celery_etcd_lock.tasks.runtime import close_all
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import celery_etcd_lock
-from celery_etcd_lock import exceptions
+from celery_etcd_lock import exceptions, locks
 from celery_etcd_lock.tasks import conflict, current, decorator, task
 from tests.cli.installed import metadata
 
@@ -51,8 +51,9 @@ def start(thread, start=threading.Thread.start):
     start(thread)
 sys.addaudithook(notice)
 threading.Thread.start = start
-import celery_etcd_lock, celery_etcd_lock.locks, celery_etcd_lock.signals, celery_etcd_lock.cli
+import celery_etcd_lock, celery_etcd_lock.signals, celery_etcd_lock.cli, celery_etcd_lock.tasks.guard
 from celery_etcd_lock import *
+from celery_etcd_lock.locks import *
 ours = list(done)
 import socket
 socket.socket().close(); threading.Thread(target=int).start()  # which would be noticed
@@ -77,7 +78,7 @@ def test_an_import_brings_next_to_nothing(before: str, wanted: list[str]) -> Non
 
 def test_locks_bring_neither_celery_nor_the_wire() -> None:
     """Who only takes locks has no part of Celery, and of the wire what a session asks for."""
-    code = "import celery_etcd_lock.locks\nprint(json.dumps([n for n in sys.modules if '.' not in n]))"
+    code = "from celery_etcd_lock.locks import *\nprint(json.dumps([n for n in sys.modules if '.' not in n]))"
     assert not {"celery", "kombu", "billiard", "click", "urllib3", "grpc", "google"} & set(python(code))
 
 
@@ -88,6 +89,53 @@ def test_celery_itself_loads_next_to_nothing_of_ours(tmp_path: Path) -> None:
         f"from celery.bin.celery import celery\nassert 'etcd-lock' in celery.commands\nprint({OURS})", path
     )
     assert modules == ["celery_etcd_lock", "celery_etcd_lock.cli", "celery_etcd_lock.tasks"]
+
+
+TASK = """
+from celery import Celery
+app = Celery("app", broker="memory://")
+def body(): pass
+"""
+PLAIN = TASK + "task = app.task(name='task')(body); app.finalize(); "
+SINGLETON = TASK + (
+    "from celery_etcd_lock import singleton_task; task = singleton_task(name='task', app=app)(body); app.finalize(); "
+)
+TAKES_TIME = ("difflib", "hashlib", "http", "secrets", "shlex", "subprocess", "urllib3")
+"""Of others' modules, those that were loaded once, or would be, long before they are needed."""
+
+
+@pytest.mark.parametrize("then", ["", "task.delay(); "], ids=["made", "published"])
+def test_a_task_brings_nothing_that_takes_locks(then: str) -> None:
+    """A process that only publishes it does without: all that comes with the first lock."""
+    modules, theirs = (
+        set(python(f"{program}{then}print(json.dumps(list(sys.modules)))")) for program in (SINGLETON, PLAIN)
+    )
+    ours = {name.removeprefix("celery_etcd_lock.") for name in modules if name.startswith("celery_etcd_lock.")}
+    assert ours == {
+        "etcd", "etcd.api", "events", "exceptions", "locks", "locks.queue", "logs", "settings", "signals", "tasks",
+        "tasks.canonical", "tasks.conflict", "tasks.current", "tasks.decorator", "tasks.discarded", "tasks.keys",
+        "tasks.message", "tasks.options", "tasks.publish", "tasks.task",
+    }  # fmt: skip
+    brought = {name for name in modules - theirs if name.partition(".")[0] in TAKES_TIME}
+    assert brought <= ({"secrets", "hashlib"} if then else set())
+
+
+def test_a_worker_has_it_all_before_it_forks() -> None:
+    """Else each of its children would import it, and have it in memory of its own."""
+    before, after = python(
+        f"""{SINGLETON}
+import celery_etcd_lock.worker
+before = {OURS}
+app.conf.update(etcd_lock_endpoints="memory://", etcd_lock_eager=True)
+held = []
+task.run = lambda: held.append(task.lock.key)
+task.apply().get()
+assert held[0]
+print("[" + before + "," + {OURS} + "]")
+"""
+    )
+    assert "celery_etcd_lock.etcd.gateway" in before
+    assert set(after) - set(before) == {"celery_etcd_lock.etcd.keyspace", "celery_etcd_lock.etcd.memory"}
 
 
 def test_the_import_costs_less_than_50_ms() -> None:
@@ -126,6 +174,19 @@ class TestNames:
             _ = celery_etcd_lock.singelton_task  # type: ignore[attr-defined]
         with pytest.raises(ImportError, match="cannot import name 'singelton_task' from 'celery_etcd_lock'"):
             from celery_etcd_lock import singelton_task  # type: ignore[attr-defined]  # noqa: F401
+
+
+class TestNamesOfLocks:
+    def test_each_is_the_one_of_its_own_module(self) -> None:
+        """All of them, whichever was asked for first, and no other."""
+        for name in locks.__all__:
+            first = getattr(locks, name)
+            assert getattr(locks, name) is first
+            assert vars(sys.modules[first.__module__])[name] is first
+            assert first.__module__.startswith("celery_etcd_lock.locks.")
+        assert set(locks.__all__) <= set(dir(locks))
+        with pytest.raises(AttributeError, match="has no attribute 'Mutexes'"):
+            _ = locks.Mutexes  # type: ignore[attr-defined]
 
 
 class TestWhoListens:

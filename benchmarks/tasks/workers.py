@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,16 @@ class Worker:
     """One ``celery worker`` with a queue of its own. A context manager, which kills it."""
 
     def __init__(
-        self, stage: Stage, wire: str = "gateway", *, children: int = 1, plugin: bool = True, peers: bool = True
+        self,
+        stage: Stage,
+        wire: str = "gateway",
+        *,
+        children: int = 1,
+        plugin: bool = True,
+        peers: bool = True,
+        include: Sequence[str] = (),
     ) -> None:
+        """`include`: modules that it imports before it forks."""
         self.folder = tempfile.TemporaryDirectory(prefix="bench-")
         self.record = Path(self.folder.name, "record.jsonl")
         self.environment = {
@@ -54,7 +62,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", module, "-A", "benchmarks.tasks.app", "worker", "-l", "INFO", "-P", "prefork",
                  "-c", str(children), "--without-gossip", "--without-mingle", "--without-heartbeat",
-                 "-n", f"{self.environment['BENCH_QUEUE']}@bench"],
+                 "-n", f"{self.environment['BENCH_QUEUE']}@bench", *(["-I", ",".join(include)] if include else [])],
                 env={**os.environ, **self.environment}, cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip

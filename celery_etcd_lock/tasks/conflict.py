@@ -7,7 +7,6 @@ message's header. `Conflict.decide` is a pure function from how long the message
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import math
 import random as _random
@@ -48,6 +47,8 @@ _MEANT = {
 
 def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The one of `words` that `word` was probably meant to be, or None."""
+    import difflib  # only for who has misspelt something
+
     candidates = list(words)
     return next(iter(difflib.get_close_matches(word.lower(), candidates, n=1, cutoff=cutoff)), None)
 

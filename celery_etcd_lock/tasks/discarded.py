@@ -15,8 +15,6 @@ from celery_etcd_lock.exceptions import EtcdLockError
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.conflict import Coalesce
 from celery_etcd_lock.tasks.current import has_entered
-from celery_etcd_lock.tasks.marks import Mark
-from celery_etcd_lock.tasks.standing import take_away
 
 __all__ = ["connect"]
 
@@ -48,6 +46,9 @@ def _discard(task: Any, task_id: Any, args: Any, kwargs: Any) -> None:
     except EtcdLockError as error:
         logger.debug("etcd_lock.not_unmarked: %s[%s]: %s", task.name, task_id, error)
         return
+    from celery_etcd_lock.tasks.marks import Mark  # here: few processes ever come to it
+    from celery_etcd_lock.tasks.standing import take_away
+
     marks = [Mark.queued(lock, task.name, str(task_id))] if task.unique_queued else []
     take_away(task, [*marks, Mark.waiting(lock, task.name, str(task_id))] if _coalesces(task) else marks)
 

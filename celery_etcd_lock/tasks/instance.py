@@ -8,7 +8,6 @@ that process alone, not for what a task's body starts.
 from __future__ import annotations
 
 import os
-import secrets
 
 __all__ = ["begin_worker", "instance"]
 
@@ -21,7 +20,7 @@ def _handed_on() -> str | None:
 
 
 def _new() -> str:
-    return secrets.token_hex(4)
+    return os.urandom(4).hex()
 
 
 _instance = _handed_on() or _new()

@@ -27,7 +27,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-import hashlib
 import inspect
 import re
 import string
@@ -382,6 +381,8 @@ def _unquoted(text: str) -> str:
 
 def _fitting(readable: str, whole: str, *, hide: bool) -> str:
     if hide or _is_hash(readable) or len(readable) > _LONGEST or len(_encoded(readable)) > _LONGEST:
+        import hashlib  # OpenSSL's binding, which takes a millisecond: few keys are so long
+
         return f"sha256-{hashlib.sha256(whole.encode('utf-8', 'surrogatepass')).hexdigest()}"
     return readable
 

@@ -18,7 +18,6 @@ What is no dict is a mistake of its publisher, and a `ConfigError`.
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -102,6 +101,8 @@ class Waits(NamedTuple):
 
 def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`headers` for publishing `task_id` with these options for the call, over those that are in there already."""
+    import secrets  # and with it OpenSSL's hashes: for who publishes
+
     header = _header(headers, task_id)
     if "of" not in header:
         header |= {"of": task_id, "nonce": secrets.token_hex(6), "sent": round(time.time(), 3)}
@@ -184,6 +185,8 @@ def keep_to_itself(request: Context) -> None:
 
     And where its publisher has not said which publication it is, this delivery does, unless others came before it.
     """
+    import secrets
+
     header = {"of": str(request.id), **_header_of(request)}
     if not was_redelivered(request):
         header.setdefault("nonce", secrets.token_hex(6))

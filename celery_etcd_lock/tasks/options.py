@@ -34,7 +34,7 @@ OPTIONS: Final = (
     "on_unavailable", "lock_at_least_for", "lock_at_most_for",
 )  # fmt: skip
 _MODES: Final = {"exclusive": EXCLUSIVE, "shared": SHARED}
-_CELERYS: Final = frozenset(dir(Task))
+_CELERYS: Final = frozenset(dir(Task)) | {name for name, _ in Task.from_config}  # these it sets on each task
 _INSTEAD: Final = {
     "once": "unique_queued and on_duplicate, or base=celery_etcd_lock.compat.QueueOnce",
     "raise_on_duplicate": 'unique_queued="until_end", on_duplicate="raise", or base=celery_etcd_lock.compat.Singleton',

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from celery.signals import before_task_publish
 
 from celery_etcd_lock.exceptions import ConfigError
-from celery_etcd_lock.tasks import queued
 from celery_etcd_lock.tasks.message import HEADER, addressed, options_in
 from celery_etcd_lock.tasks.options import FOR_ONE_CALL, for_one_call, instead_for_one_call
 
@@ -34,8 +33,11 @@ def send(
     `ConfigError` for options without sense.
     """
     options = for_this_call(task, task_id, options)
-    if queued.applies(task, options):
-        return queued.send(task, publish, args, kwargs, task_id, options)
+    if task.unique_queued is not None:
+        from celery_etcd_lock.tasks import queued  # which talks to etcd: others need nothing of that
+
+        if queued.applies(task, options):
+            return queued.send(task, publish, args, kwargs, task_id, options)
     return publish(args, kwargs, task_id=task_id, **options)
 
 

@@ -82,10 +82,12 @@ _CANVAS = frozenset({
 
 
 def applies(task: SingletonTask, options: Mapping[str, Any]) -> bool:
-    """Whether publishing `task` with these options, ours among them having gone into the header, asks for a mark."""
+    """Whether publishing `task`, which has `unique_queued`, with these options asks for a mark.
+
+    Ours among them have gone into the header.
+    """
     return (
-        task.unique_queued is not None
-        and isinstance(options.get("headers"), Mapping)  # else Celery says what is wrong with that
+        isinstance(options.get("headers"), Mapping)  # else Celery says what is wrong with that
         and Settings.from_app(task.app).enabled is not False
         and not task.app.conf.task_always_eager
         and not task.name.startswith("celery.")

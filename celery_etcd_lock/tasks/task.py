@@ -22,7 +22,6 @@ from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks import discarded, options, publish
 from celery_etcd_lock.tasks.conflict import Conflict
 from celery_etcd_lock.tasks.current import TaskLock, Unlocked, enter, lock_of, set_lock
-from celery_etcd_lock.tasks.guard import run_alone
 from celery_etcd_lock.tasks.keys import KeyRule
 
 if TYPE_CHECKING:
@@ -132,6 +131,8 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         if settings.enabled is False or (request.is_eager and not settings.eager) or self.name.startswith("celery."):
             set_lock(request, Unlocked())
             return body()
+        from celery_etcd_lock.tasks.guard import run_alone  # and all that a lock takes: who publishes takes none
+
         return run_alone(self, request, args, kwargs, body)
 
     def _queued_ttl(self) -> float:
