@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, count
 from typing import TypeAlias
 
 from celery_etcd_lock.etcd.api import Compare, KeyValue, Operation, Put, Range, RangeReply, Txn, TxnReply, created_at
@@ -42,6 +42,9 @@ _PAUSE = 0.2
 
 _PAUSE_WHEN_FULL = 1.0
 """The same while it is full and therefore, before 3.5.7, refuses to look: that lasts until somebody makes room."""
+
+_nonces = count(int.from_bytes(os.urandom(5), "big"))
+"""Each acquire of this process takes one. A forked child goes on with the same, on another lease."""
 
 _Found: TypeAlias = tuple[tuple[KeyValue, ...], int]
 """Who keeps us out (empty: nobody), and the revision of which that is true."""
@@ -80,9 +83,8 @@ def acquire(
     handler raises there ends the acquire as any does.
     """
     session.assert_trusted()
-    contender = session.contenders.take(name, mode.kind, os.urandom(6).hex(), sibling=at_least_for > 0)
-    attempt = _Attempt(session, contender, mode, describe, value)
-    attempt.rider, attempt.at_least_for, attempt.waiting = rider, at_least_for, waiting
+    contender = session.contenders.take(name, mode.kind, f"{next(_nonces):012x}", sibling=at_least_for > 0)
+    attempt = _Attempt(session, contender, mode, describe, value, rider, at_least_for, waiting)
     try:
         held = attempt.run(blocking, timeout)
         # The reply may have been long under way: what counts is that the lease is trusted now.
@@ -106,12 +108,15 @@ class _Attempt:
         mode: queue.Mode,
         describe: Mapping[str, str | int] | None,
         value: bytes | None,
+        rider: Rider | None,
+        at_least_for: float,
+        waiting: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.session = session
         self.contender = contender
         self.name = contender.name
         self.mode = mode
-        self.task_id = str((describe or {}).get("task_id", ""))
+        self.task_id = str(describe.get("task_id", "")) if describe else ""
         if value is None:
             value = queue.value_of(
                 host=session.host,
@@ -121,12 +126,12 @@ class _Attempt:
                 extra=describe,
             )
         self.value = value
-        self.rider: Rider | None = None
+        self.rider = rider
         """What has still to ride."""
         self.rode = False
-        self.at_least_for = 0.0
+        self.at_least_for = at_least_for
         self.stays_until = 0.0
-        self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.waiting = waiting
 
     def run(self, blocking: bool, timeout: float | None) -> HeldLock:
         until = None if timeout is None else time.monotonic() + timeout
