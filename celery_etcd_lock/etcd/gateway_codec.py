@@ -94,7 +94,8 @@ class TokenRefused(AuthRejected):
 dump = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 _KEPT = 256
-"""Parts of transactions that are kept as text. Most of what is sent for a lock was sent for it before."""
+"""Parts of transactions that are kept as text, the latest. Most of what is sent for a lock was sent for it before.
+What holds a value is not kept: it may be large, and is another each time."""
 
 _TARGETS = {"create": "create_revision", "mod": "mod_revision", "version": "version", "lease": "lease"}
 _OPERATORS = {"==": "EQUAL", "!=": "NOT_EQUAL", "<": "LESS", ">": "GREATER"}
@@ -137,12 +138,6 @@ def delete_out(request: Delete) -> str:
     return f"{{{_keys(request.key, request.range_end)}}}"
 
 
-def _put_out(request: Put) -> str:
-    key, value, lease = request
-    return f'{{"key":"{_text(key)}","value":"{_bytes(value)}","lease":{lease:d}}}'
-
-
-@lru_cache(maxsize=_KEPT)
 def _compare_out(compare: Compare) -> str:
     key, target, operator, operand, range_end = compare
     if target == "value":
@@ -156,10 +151,18 @@ def _compare_out(compare: Compare) -> str:
     return f'{{{_keys(key, range_end)},"target":"{target.upper()}","result":"{_OPERATORS[operator]}",{compared}}}'
 
 
-@lru_cache(maxsize=_KEPT)
+_kept_compare_out = lru_cache(maxsize=_KEPT)(_compare_out)
+
+
 def _operation_out(operation: Operation) -> str:
-    if isinstance(operation, Put):
-        return f'{{"request_put":{_put_out(operation)}}}'
+    if not isinstance(operation, Put):
+        return _kept_operation_out(operation)
+    key, value, lease = operation
+    return f'{{"request_put":{{"key":"{_text(key)}","value":"{_bytes(value)}","lease":{lease:d}}}}}'
+
+
+@lru_cache(maxsize=_KEPT)
+def _kept_operation_out(operation: Range | Delete) -> str:
     if isinstance(operation, Range):
         return f'{{"request_range":{range_out(operation)}}}'
     return f'{{"request_delete_range":{delete_out(operation)}}}'
@@ -167,10 +170,11 @@ def _operation_out(operation: Operation) -> str:
 
 def txn_out(request: Txn) -> str:
     compare, success, failure = request
+    compared = [(_compare_out if each.target == "value" else _kept_compare_out)(each) for each in compare]
     branches = f'"success":[{",".join(map(_operation_out, success))}]'
     if failure:
         branches += f',"failure":[{",".join(map(_operation_out, failure))}]'
-    return f'{{"compare":[{",".join(map(_compare_out, compare))}],{branches}}}'
+    return f'{{"compare":[{",".join(compared)}],{branches}}}'
 
 
 def watch_out(request: Watch) -> str:

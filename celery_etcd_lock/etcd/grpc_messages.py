@@ -134,7 +134,8 @@ _SORT_TARGETS = {"key": 0, "create": 2, "mod": 3}
 
 
 _KEPT = 256
-"""Parts of transactions that are kept serialized. Most of what is sent for a lock was sent for it before."""
+"""Parts of transactions that are kept as bytes, the latest. Most of what is sent for a lock was sent for it before.
+What holds a value is not kept: it may be large, and is another each time."""
 
 
 def text_out(text: str) -> bytes:
@@ -200,21 +201,25 @@ def _operation_fields(operation: Operation) -> Fields:
     return {"request_delete_range": _keys(operation.key, operation.range_end)}
 
 
-@lru_cache(maxsize=_KEPT)
 def _compare_out(compare: Compare) -> bytes:
     return bytes(messages.TxnRequest(compare=[_compare_fields(compare)]).SerializeToString())
 
 
-@lru_cache(maxsize=_KEPT)
-def _operation_out(branch: str, operation: Operation) -> bytes:
+def _operation_out(operation: Operation, branch: str) -> bytes:
     return bytes(messages.TxnRequest(**{branch: [_operation_fields(operation)]}).SerializeToString())
+
+
+_kept_compare_out = lru_cache(maxsize=_KEPT)(_compare_out)
+_kept_operation_out = lru_cache(maxsize=_KEPT)(_operation_out)
 
 
 def txn_out(request: Txn) -> bytes:
     """Serialized: the parts one behind the other, which is what the whole is in protobuf."""
-    parts = [_compare_out(each) for each in request.compare]
-    parts += [_operation_out("success", each) for each in request.success]
-    parts += [_operation_out("failure", each) for each in request.failure]
+    parts = [(_compare_out if each.target == "value" else _kept_compare_out)(each) for each in request.compare]
+    for branch, operations in (("success", request.success), ("failure", request.failure)):
+        parts += [
+            (_operation_out if isinstance(each, Put) else _kept_operation_out)(each, branch) for each in operations
+        ]
     return b"".join(parts)
 
 
