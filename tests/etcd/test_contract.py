@@ -6,6 +6,7 @@ import json
 import queue
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -752,3 +753,17 @@ def test_errors_are_pickled_whole(store: Store) -> None:
         store.transport.lease_revoke(NO_SUCH_LEASE)
     copy = pickle.loads(pickle.dumps(error.value))
     assert (type(copy), copy.args) == (LeaseNotFound, error.value.args)
+
+
+@pytest.mark.parametrize("codec", [gateway_codec, *([grpc_messages] if grpc_messages.INSTALLED else [])])
+def test_values_that_were_sent_are_not_kept(codec: Any) -> None:
+    """Parts of requests are, since most are sent again and again; a value may be large."""
+    large = [bytes([number]) * 100_000 for number in range(200)]
+    tracemalloc.start()
+    try:
+        for value in large:
+            assert len(codec.txn_out(Txn([Compare("/k", "value", "==", value)], [Put("/k", value)]))) >= 200_000
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 1_000_000
