@@ -10,6 +10,7 @@
 //	observe NAME       leader {key, value}    again and again, beside other commands
 //	count NAME KEY N   counted                N times adds one to the number in KEY under the lock NAME; "-": unlocked
 //	bench NAME N       benched {seconds}      N times lock and unlock; seconds: of each
+//	crowd NAME S N     counted {count}        for S seconds N goroutines, with a lock each: how often they had theirs
 //
 // main.py is the same by celery_etcd_lock, as far as tests need it; driver.py starts either.
 //
@@ -108,7 +109,7 @@ func main() {
 
 func (c *contender) do(words []string) error {
 	usage := map[string]int{"lock": 2, "read": 2, "write": 2, "unlock": 1, "campaign": 3, "proclaim": 2,
-		"resign": 1, "observe": 2, "count": 4, "bench": 3}
+		"resign": 1, "observe": 2, "count": 4, "bench": 3, "crowd": 4}
 	if len(words) == 0 || usage[words[0]] != len(words) {
 		return errors.New("no such command, or not its arguments")
 	}
@@ -132,13 +133,16 @@ func (c *contender) do(words []string) error {
 	case "observe":
 		go c.observe(arguments[0])
 		return nil
-	default: // count NAME KEY N, bench NAME N
+	default: // count NAME KEY N, bench NAME N, crowd NAME S N
 		times, err := strconv.Atoi(arguments[len(arguments)-1])
 		if err != nil {
 			return err
 		}
 		if command == "count" {
 			return c.count(arguments[0], arguments[1], times)
+		}
+		if command == "crowd" {
+			return c.crowd(arguments[0], arguments[1], times)
 		}
 		return c.bench(arguments[0], times)
 	}
@@ -261,5 +265,31 @@ func (c *contender) bench(name string, times int) error {
 		seconds[i] = now() - began
 	}
 	say("benched", fields{"seconds": seconds})
+	return nil
+}
+
+func (c *contender) crowd(name, duration string, size int) error {
+	seconds, err := strconv.ParseFloat(duration, 64)
+	if err != nil {
+		return err
+	}
+	var count atomic.Int64
+	var there, done sync.WaitGroup
+	there.Add(size)
+	done.Add(size)
+	for i := 0; i < size; i++ {
+		go func(mutex *concurrency.Mutex) {
+			defer done.Done()
+			there.Done()
+			there.Wait()
+			for until := now() + seconds; now() < until; count.Add(1) {
+				if mutex.Lock(ctx) != nil || mutex.Unlock(ctx) != nil {
+					return
+				}
+			}
+		}(concurrency.NewMutex(c.session, fmt.Sprintf("%s/%d", name, i)))
+	}
+	done.Wait()
+	say("counted", fields{"count": count.Load()})
 	return nil
 }
