@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from binascii import a2b_base64, b2a_base64
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -322,7 +321,7 @@ def judge(url: str, status: int, body: bytes) -> Json:
     """The JSON object in an HTTP answer of the member at `url`, or raise what the answer means instead."""
     reply = _object(body)
     error = reply.get("error")
-    if isinstance(error, Mapping):  # a stream's; its codes have other names
+    if isinstance(error, dict):  # a stream's; its codes have other names
         reply = {"code": error.get("grpc_code", error.get("code", 2)), **error}
     if "message" in reply and "code" in reply:
         if reply["message"] != "Not Found":

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
-from itertools import chain, count
+from itertools import count
 from typing import TypeAlias
 
 from celery_etcd_lock.etcd.api import Compare, KeyValue, Operation, Put, Range, RangeReply, Txn, TxnReply, created_at
@@ -352,5 +352,4 @@ def _second(now: int) -> str:
 def _contenders(reply: TxnReply, since: int, count: int | None = None) -> list[KeyValue]:
     """What the ranges from number `since` on found, all or `count` of them."""
     asked = reply.responses[since : None if count is None else since + count]
-    ranges = (response for response in asked if isinstance(response, RangeReply))
-    return list(chain.from_iterable(found.kvs for found in ranges))
+    return [kv for found in asked if isinstance(found, RangeReply) for kv in found.kvs]
