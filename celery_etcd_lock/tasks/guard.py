@@ -98,14 +98,14 @@ class Turn:
         self.body = body
         self.runtime = Runtime.of(task.app)
         self.now = time.time()
-        self.waits = Waits.of(request)
+        self.holds = behaviour(task, self.runtime.settings, options_in(request.headers, self.id))
+        header = keep_to_itself(request)
+        self.waits = Waits.of(header)
         self.waited = self.waits.waited(self.now)
         """Seconds, since its first contention."""
-        self.holds = behaviour(task, self.runtime.settings, options_in(request.headers, self.id))
-        keep_to_itself(request)
         self.reports = Reports(task, self.id, self.waits, self.waited)
         self.ceiling = self.runtime.countdown_ceiling
-        self.copies = Copies(self.runtime, task, request, self.ceiling)
+        self.copies = Copies(self.runtime, task, request, header, self.waits)
         coalesces = isinstance(self.holds.on_conflict, conflict.Coalesce)
         self.standing = Standing(self.runtime, task, request, name, coalesces=coalesces)
 
