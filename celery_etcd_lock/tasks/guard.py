@@ -26,7 +26,6 @@ from celery_etcd_lock.exceptions import (
     LockLost,
     LockTimeout,
 )
-from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
 from celery_etcd_lock.tasks.copies import Copies, Verdict
@@ -64,14 +63,19 @@ _GRACE = 5.0
 
 
 def run_alone(
-    task: SingletonTask, request: Context, args: tuple[Any, ...], kwargs: dict[str, Any], body: Callable[[], Any]
+    task: SingletonTask,
+    request: Context,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    body: Callable[[], Any],
+    *,
+    observes: bool,
 ) -> Any:
-    """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name.
+    """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name; `observes`: or without.
 
     Signals strike in the body, and while it waits for the lock; else they do when all is done.
     """
     with deferred():
-        observes = Settings.from_app(task.app).enabled == "observe"
         try:
             turn = Turn(task, request, task.lock_name(args, kwargs), body)
         except Exception as error:

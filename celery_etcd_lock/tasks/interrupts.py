@@ -193,7 +193,7 @@ def _look() -> None:
     """Put a `Front` before each handler that has none: the first time, or because another was installed since."""
     for number in _SIGNALS:
         there = getsignal(number)
-        if callable(there) and type(there) is not Front and there is not signal.default_int_handler:
+        if type(there) is not Front and callable(there) and there is not signal.default_int_handler:
             signal.signal(number, Front(there))
 
 

@@ -125,9 +125,11 @@ def published_as(task_id: str, nonce: str, now: float, *, repeated: bool = False
 def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any]:
     """The options for this call of `task_id`, as they were written. `ConfigError` if that is nothing one could read."""
     header = (headers or {}).get(HEADER)
-    if header is not None and not isinstance(header, Mapping):
+    if header is not None and not isinstance(header, (dict, Mapping)):
         raise ConfigError(f'the header {HEADER} is {header!r}: write a dict of options, {{"on_conflict": "skip"}}')
     header = _header(headers, task_id)
+    if _NOT_OPTIONS.issuperset(header):  # as in most
+        return {}
     return {key: header[key] for key in header if key not in _NOT_OPTIONS and not str(key).startswith("_")}
 
 

@@ -131,7 +131,7 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
         if settings.enabled is False or (request.is_eager and not settings.eager) or self.name.startswith("celery."):
             set_lock(request, Unlocked())
             return body()
-        return run_alone(self, request, args, kwargs, body)
+        return run_alone(self, request, args, kwargs, body, observes=settings.enabled == "observe")
 
     def _queued_ttl(self) -> float:
         """Seconds for which a mark stands that says that a message of this task is queued, from its eta on."""
