@@ -56,6 +56,7 @@ logger = logging.getLogger("celery_etcd_lock")
 Verdict: TypeAlias = Literal["run", "again", "drop"]
 """Whether a copy may run, is to come again later, or has been overtaken."""
 
+_json = json.JSONEncoder(separators=(",", ":")).encode
 _STAGES = ("waiting", "ending", "done")
 _ATTRIBUTE = "_etcd_lock_copies"
 _PAUSE = 1.0
@@ -76,7 +77,7 @@ class Mark(NamedTuple):
         record: dict[str, Any] = {"state": self.stage, "retries": self.retries}
         record |= {"nonce": self.nonce} if self.nonce else {}
         record |= {"count": self.count} if self.stage == "waiting" else {}
-        return json.dumps(record, separators=(",", ":")).encode()
+        return _json(record).encode()
 
     @classmethod
     def parse(cls, value: bytes) -> Mark | None:

@@ -145,7 +145,8 @@ def nonce_of(header: Mapping[str, Any]) -> str:
 
 def due_at(request: Context, header: Mapping[str, Any]) -> float | None:
     """From when on the message was to run, in Unix time: its eta, else when it was published. None: nobody said."""
-    return unix_time(request.eta) or _number(header.get("sent"))
+    sent = header.get("sent")
+    return unix_time(request.eta) or (float(sent) if isinstance(sent, (int, float)) else None)
 
 
 def was_redelivered(request: Context, header: Mapping[str, Any]) -> bool:
@@ -211,10 +212,6 @@ def forget_waits(request: Context) -> None:
     if not _FORGOTTEN.isdisjoint(header):
         mine = {key: value for key, value in header.items() if key not in _FORGOTTEN}
         request.headers = {**(request.headers or {}), HEADER: mine}
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _nonce() -> str:
