@@ -55,4 +55,5 @@ def _sender(event: str) -> Any:
         except Exception as error:  # noqa: BLE001 whatever the broker has: it is an event
             logger.debug("etcd_lock.event_not_sent: %s: %r", event, error)
 
+    signals.hears(send, lambda: bool(_hostname))
     return send

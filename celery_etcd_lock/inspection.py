@@ -13,7 +13,7 @@ from celery_etcd_lock.orphans import pid_of
 from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks.errands import Errands
 from celery_etcd_lock.tasks.instance import instance
-from celery_etcd_lock.tasks.message import Waits
+from celery_etcd_lock.tasks.message import Waits, header_of
 from celery_etcd_lock.tasks.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _message(app: Celery, where: str, request: Any) -> dict[str, Any]:
         "task": headers["task"],
         "state": where,
         "eta": request.eta.isoformat() if request.eta else None,
-        "waits": Waits.of(Context(headers))._asdict(),
+        "waits": Waits.of(header_of(Context(headers)))._asdict(),
     }
     with suppress(Exception):  # it is no singleton task, or its arguments give no key
         info, task = request.info(), app.tasks[headers["task"]]

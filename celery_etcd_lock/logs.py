@@ -6,6 +6,7 @@ What Celery itself logs (a retry with its reason, a failure) is not said twice.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from celery_etcd_lock import signals
@@ -19,6 +20,8 @@ _WOULD = {"retry": "be put back", "skip": "be skipped", "wait": "wait", "fail": 
 
 def connect() -> None:
     """Begin to log. Done once, with the import of `tasks.task`."""
+    for receiver in (_acquired, _released):
+        signals.hears(receiver, partial(logger.isEnabledFor, logging.DEBUG))
     signals.lock_acquired.connect(_acquired, weak=False)
     signals.lock_contended.connect(_contended, weak=False)
     signals.lock_released.connect(_released, weak=False)

@@ -15,6 +15,7 @@ nothing; one that blocks keeps its task waiting. The log (`logs`) and the worker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -185,3 +186,19 @@ leader_elected: Any = Signal(name="leader_elected")
 leader_lost: Any = Signal(name="leader_lost")
 tick_sent: Any = Signal(name="tick_sent")
 tick_fenced: Any = Signal(name="tick_fenced")
+
+_HEARS = "_hears"
+
+
+def hears(receiver: Callable[..., Any], when: Callable[[], bool]) -> None:
+    """Let `receiver`, one of ours, be sent nothing for its own sake but `when` that says so."""
+    setattr(receiver, _HEARS, when)
+
+
+def heard(signal: Signal) -> bool:
+    """Whether anybody hears `signal`, so that it is worth sending. Each run of a task asks this twice."""
+    for _, receiver in signal.receivers:
+        when = getattr(receiver, _HEARS, None)
+        if when is None or when():
+            return True
+    return False

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from celery_etcd_lock.exceptions import LockLost
 from celery_etcd_lock.tasks.greenlets import thrower
-from celery_etcd_lock.tasks.interrupts import Front, allowed, deferred
+from celery_etcd_lock.tasks.interrupts import Front, allowed, deferred, getsignal
 
 __all__ = ["Abort"]
 
@@ -128,7 +128,7 @@ def _handler_is_ours() -> bool:
     """Install the signal's handler, once, in front of the one that is there. Only the main thread can."""
     if _SIGNAL is None:
         return False
-    there = signal.getsignal(_SIGNAL)
+    there = getsignal(_SIGNAL)
     if not (isinstance(there, Front) and isinstance(there.before, _Handler)):
         signal.signal(_SIGNAL, Front(_Handler(there if callable(there) else None)))
     return True

@@ -28,6 +28,8 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
 
@@ -36,13 +38,14 @@ from celery import states
 
 from celery_etcd_lock.etcd.api import Compare, Delete, Operation, Put, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable
-from celery_etcd_lock.tasks.message import Waits, due_at, nonce_of, was_redelivered
+from celery_etcd_lock.tasks.message import due_at, nonce_of, was_redelivered
 
 if TYPE_CHECKING:
     from celery.app.task import Context
 
     from celery_etcd_lock.locks.held import HeldLock
     from celery_etcd_lock.locks.session import Session
+    from celery_etcd_lock.tasks.message import Waits
     from celery_etcd_lock.tasks.runtime import Runtime
     from celery_etcd_lock.tasks.task import SingletonTask
 
@@ -53,6 +56,7 @@ logger = logging.getLogger("celery_etcd_lock")
 Verdict: TypeAlias = Literal["run", "again", "drop"]
 """Whether a copy may run, is to come again later, or has been overtaken."""
 
+_json = json.JSONEncoder(separators=(",", ":")).encode
 _STAGES = ("waiting", "ending", "done")
 _ATTRIBUTE = "_etcd_lock_copies"
 _PAUSE = 1.0
@@ -73,7 +77,7 @@ class Mark(NamedTuple):
         record: dict[str, Any] = {"state": self.stage, "retries": self.retries}
         record |= {"nonce": self.nonce} if self.nonce else {}
         record |= {"count": self.count} if self.stage == "waiting" else {}
-        return json.dumps(record, separators=(",", ":")).encode()
+        return _json(record).encode()
 
     @classmethod
     def parse(cls, value: bytes) -> Mark | None:
@@ -106,20 +110,20 @@ def mark_key(namespace: str, task_id: str) -> str:
 
 
 class Copies:
-    """The copies of the message of one request, as one of them sees them."""
+    """The copies of the message of one request, as one of them sees them: what its header says, and has waited."""
 
-    def __init__(self, runtime: Runtime, task: SingletonTask, request: Context, ceiling: float) -> None:
+    def __init__(
+        self, runtime: Runtime, task: SingletonTask, request: Context, header: Mapping[str, Any], waits: Waits
+    ) -> None:
         self._runtime = runtime
         self._name = task.name
         self._id = str(request.id or "")
         self._ttl = runtime.settings.done_ttl
-        self._key = mark_key(runtime.settings.namespace, self._id)
-        waits = Waits.of(request)
-        self._mine = Mark("waiting", request.retries or 0, nonce_of(request), waits.times)
+        self._mine = Mark("waiting", request.retries or 0, nonce_of(header), waits.times)
         possible = bool(self._id) and not request.is_eager
-        due = due_at(request)
-        late = due is not None and time.time() - due > ceiling / 2
-        self.overdue = possible and (late or was_redelivered(request))
+        due = due_at(request, header)
+        late = due is not None and time.time() - due > runtime.countdown_ceiling / 2
+        self.overdue = possible and (late or was_redelivered(request, header))
         """It has been under way for so long that there may well be another."""
         self.possible = self.overdue or (possible and bool(waits or request.eta))
         """There may be another."""
@@ -127,6 +131,11 @@ class Copies:
         self._unknown = possible and due is None
         """Nobody knows for how long it lay in a worker's memory."""
         self._ending: Put | None = None
+
+    @cached_property
+    def _key(self) -> str:
+        """Only where there may be others: all other runs do without."""
+        return mark_key(self._runtime.settings.namespace, self._id)
 
     def look(self, held: HeldLock | None = None) -> Verdict:
         """One request: whether this copy may run, now that it has the lock `held`, or has seen who has it.

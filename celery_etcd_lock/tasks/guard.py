@@ -26,7 +26,6 @@ from celery_etcd_lock.exceptions import (
     LockLost,
     LockTimeout,
 )
-from celery_etcd_lock.settings import Settings
 from celery_etcd_lock.tasks import conflict
 from celery_etcd_lock.tasks.abort import Abort
 from celery_etcd_lock.tasks.copies import Copies, Verdict
@@ -64,14 +63,19 @@ _GRACE = 5.0
 
 
 def run_alone(
-    task: SingletonTask, request: Context, args: tuple[Any, ...], kwargs: dict[str, Any], body: Callable[[], Any]
+    task: SingletonTask,
+    request: Context,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    body: Callable[[], Any],
+    *,
+    observes: bool,
 ) -> Any:
-    """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name.
+    """Run `body`, the task's, for `request`, under the lock that `args` and `kwargs` name; `observes`: or without.
 
     Signals strike in the body, and while it waits for the lock; else they do when all is done.
     """
     with deferred():
-        observes = Settings.from_app(task.app).enabled == "observe"
         try:
             turn = Turn(task, request, task.lock_name(args, kwargs), body)
         except Exception as error:
@@ -98,14 +102,14 @@ class Turn:
         self.body = body
         self.runtime = Runtime.of(task.app)
         self.now = time.time()
-        self.waits = Waits.of(request)
+        self.holds = behaviour(task, self.runtime.settings, options_in(request.headers, self.id))
+        header = keep_to_itself(request)
+        self.waits = Waits.of(header)
         self.waited = self.waits.waited(self.now)
         """Seconds, since its first contention."""
-        self.holds = behaviour(task, self.runtime.settings, options_in(request.headers, self.id))
-        keep_to_itself(request)
         self.reports = Reports(task, self.id, self.waits, self.waited)
         self.ceiling = self.runtime.countdown_ceiling
-        self.copies = Copies(self.runtime, task, request, self.ceiling)
+        self.copies = Copies(self.runtime, task, request, header, self.waits)
         coalesces = isinstance(self.holds.on_conflict, conflict.Coalesce)
         self.standing = Standing(self.runtime, task, request, name, coalesces=coalesces)
 

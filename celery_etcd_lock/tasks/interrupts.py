@@ -49,7 +49,7 @@ from typing import Any, TypeAlias
 
 from celery.exceptions import TaskPredicate
 
-__all__ = ["Front", "allowed", "deferred"]
+__all__ = ["Front", "allowed", "deferred", "getsignal"]
 
 logger = logging.getLogger("celery_etcd_lock")
 
@@ -59,7 +59,7 @@ _NAMES = ("SIGALRM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUS
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 # The module's own makes an enum of each answer first, which takes longer than all the rest here.
-_getsignal: Callable[[int], Any] = getattr(signal, "_signal", signal).getsignal
+getsignal: Callable[[int], Any] = getattr(signal, "_signal", signal).getsignal
 
 _NOTHING = nullcontext()
 
@@ -192,8 +192,8 @@ _OURS = frozenset(
 def _look() -> None:
     """Put a `Front` before each handler that has none: the first time, or because another was installed since."""
     for number in _SIGNALS:
-        there = _getsignal(number)
-        if callable(there) and type(there) is not Front and there is not signal.default_int_handler:
+        there = getsignal(number)
+        if type(there) is not Front and callable(there) and there is not signal.default_int_handler:
             signal.signal(number, Front(there))
 
 

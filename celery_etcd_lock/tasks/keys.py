@@ -100,7 +100,11 @@ class KeyRule:
     lock_key: str | Callable[..., object] | None
     _extras: str | None
     _named_extras: str | None
-    _defaults: Mapping[str, str]
+    _defaults: Mapping[str, Any]
+    """By parameter; `inspect.Parameter.empty` where there is none."""
+    _default_texts: Mapping[str, str]
+    _required: frozenset[str] | None
+    """The parameters without a default. None: a name does not say what each argument is, only `bind` does."""
 
     @classmethod
     def make(
@@ -125,7 +129,11 @@ class KeyRule:
             lock_key,
             by_kind.get(_EXTRAS),
             by_kind.get(_NAMED_EXTRAS),
+            {each.name: each.default for each in parameters},
             dict(_default_texts(parameters)),
+            frozenset(each.name for each in parameters if each.default is inspect.Parameter.empty)
+            if by_kind.keys() <= {_NAMED}
+            else None,
         )
         rule._check()
         return rule
@@ -143,14 +151,13 @@ class KeyRule:
         were given, whatever `unique_on` and `lock_key` say.
         """
         try:
-            bound = self.signature.bind(*args, **kwargs)
+            arguments = self._by_name(args, kwargs)
         except TypeError:
             given = {"*": self._text("the positional arguments", list(args)), **dict(self._flat(kwargs))}
             return _joined(given, hide=hide_arguments)
         if self.lock_key is None:
-            return _joined(dict(self._telling(bound.arguments)), hide=hide_arguments)
-        bound.apply_defaults()
-        return self._written(bound.arguments, hide=hide_arguments)
+            return _joined(dict(self._telling(arguments)), hide=hide_arguments)
+        return self._written(arguments, hide=hide_arguments)
 
     @property
     def counting(self) -> frozenset[str] | None:
@@ -161,9 +168,19 @@ class KeyRule:
 
     # -- from the arguments
 
+    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Each argument, defaults too. `TypeError` if they do not fit the signature."""
+        if self._required is not None:  # else, and for what does not fit, the slow way
+            given = {**dict(zip(self._defaults, args)), **kwargs}  # noqa: B905 too many: the next line sees it
+            if len(given) == len(args) + len(kwargs) and self._required <= given.keys() <= self._defaults.keys():
+                return {**self._defaults, **given}
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
     def _telling(self, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Name and canonical text of each argument that counts and is not its default."""
-        wanted, parameters = self.unique_on, self.signature.parameters
+        wanted = self.unique_on
         for name, value in arguments.items():
             if name == self._named_extras:
                 every = wanted is None or name in wanted
@@ -173,10 +190,10 @@ class KeyRule:
             elif name == self._extras:
                 if value:
                     yield f"*{name}", self._text(f"*{name}", value)
-            elif value is not parameters[name].default and (text := self._text(name, value)) != self._defaults.get(
-                name
-            ):
-                yield name, text
+            elif value is not self._defaults[name]:
+                text = self._text(name, value)
+                if text != self._default_texts.get(name):
+                    yield name, text
 
     def _flat(self, extras: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Keyword extras by their own names, marked where a parameter's name could be meant."""
@@ -186,9 +203,10 @@ class KeyRule:
 
     def _text(self, where: str, value: object) -> str:
         try:
-            return encoded(canonical(value))
+            plain = canonical(value)
         except Unstable as error:
             raise self._unstable(where, error) from error.__cause__
+        return str(plain) if type(plain) is int else encoded(plain)  # which takes an encoder to be made
 
     def _unstable(self, where: str, error: Unstable) -> UnstableKeyError:
         path = error.path if len(error.path) <= _LONGEST else error.path[:15] + "…"
@@ -212,7 +230,7 @@ class KeyRule:
             raise UnstableKeyError(
                 f"task {self.task}: lock_key gives {text!r} for this call: a lock's key cannot be empty"
             )
-        return mark + _fitting(code_points(body), body, hide=hide and tells)
+        return mark + _fitting(code_points(body), lambda: body, hide=hide and tells)
 
     def _formatted(self, arguments: Mapping[str, Any]) -> tuple[str, bool]:
         assert isinstance(self.lock_key, str)
@@ -372,18 +390,22 @@ def _joined(texts: Mapping[str, str], *, hide: bool) -> str:
         f"{name if name.lstrip('*').isidentifier() or name == '*' else encoded(name)}={_unquoted(text)}"
         for name, text in pairs
     )
-    return _fitting(readable, "{" + ",".join(f"{encoded(name)}:{text}" for name, text in pairs) + "}", hide=hide)
+
+    def whole() -> str:
+        return "{" + ",".join(f"{encoded(name)}:{text}" for name, text in pairs) + "}"
+
+    return _fitting(readable, whole, hide=hide)
 
 
 def _unquoted(text: str) -> str:
     return text[1:-1] if text[0] == '"' and _is_bare(text[1:-1]) else text
 
 
-def _fitting(readable: str, whole: str, *, hide: bool) -> str:
+def _fitting(readable: str, whole: Callable[[], str], *, hide: bool) -> str:
     if hide or _is_hash(readable) or len(readable) > _LONGEST or len(_encoded(readable)) > _LONGEST:
         import hashlib  # OpenSSL's binding, which takes a millisecond: few keys are so long
 
-        return f"sha256-{hashlib.sha256(whole.encode('utf-8', 'surrogatepass')).hexdigest()}"
+        return f"sha256-{hashlib.sha256(whole().encode('utf-8', 'surrogatepass')).hexdigest()}"
     return readable
 
 

@@ -18,6 +18,7 @@ What is no dict is a mistake of its publisher, and a `ConfigError`.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -35,6 +36,7 @@ __all__ = [
     "due_at",
     "flagged_queued",
     "forget_waits",
+    "header_of",
     "is_queued",
     "is_repeated",
     "keep_to_itself",
@@ -68,9 +70,10 @@ class Waits(NamedTuple):
     """How often it was put back at all. Only grows: it tells a copy from a later one."""
 
     @classmethod
-    def of(cls, request: Context) -> Waits:
-        """As the message says; nothing, if it says nothing or nonsense."""
-        header = _header_of(request)
+    def of(cls, header: Mapping[str, Any]) -> Waits:
+        """As the message's `header_of` says; nothing, if it says nothing or nonsense."""
+        if _WAITS.isdisjoint(header):  # as in most
+            return cls()
         try:
             count, outages, times = (int(header.get(name, 0)) for name in ("count", "outages", "times"))
             seconds, at = (float(header.get(name, 0)) for name in ("seconds", "at"))
@@ -99,14 +102,15 @@ class Waits(NamedTuple):
         return bool(self.count or self.outages)
 
 
+_WAITS = frozenset(Waits._fields)
+_FORGOTTEN = _WAITS - {"times"} | {"again", "repeated"}
+
+
 def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`headers` for publishing `task_id` with these options for the call, over those that are in there already."""
-    import secrets  # and with it OpenSSL's hashes: for who publishes
-
     header = _header(headers, task_id)
-    if "of" not in header:
-        header |= {"of": task_id, "nonce": secrets.token_hex(6), "sent": round(time.time(), 3)}
-    return {**(headers or {}), HEADER: {**header, **options}}
+    new = {} if "of" in header else {"of": task_id, "nonce": _nonce(), "sent": round(time.time(), 3)}
+    return {**(headers or {}), HEADER: {**header, **new, **options}}
 
 
 def published_as(task_id: str, nonce: str, now: float, *, repeated: bool = False) -> dict[str, Any]:
@@ -121,26 +125,34 @@ def published_as(task_id: str, nonce: str, now: float, *, repeated: bool = False
 def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any]:
     """The options for this call of `task_id`, as they were written. `ConfigError` if that is nothing one could read."""
     header = (headers or {}).get(HEADER)
-    if header is not None and not isinstance(header, Mapping):
+    if header is not None and not isinstance(header, (dict, Mapping)):
         raise ConfigError(f'the header {HEADER} is {header!r}: write a dict of options, {{"on_conflict": "skip"}}')
     header = _header(headers, task_id)
+    if _NOT_OPTIONS.issuperset(header):  # as in most
+        return {}
     return {key: header[key] for key in header if key not in _NOT_OPTIONS and not str(key).startswith("_")}
 
 
-def nonce_of(request: Context) -> str:
+def header_of(request: Context) -> Mapping[str, Any]:
+    """Our header in the message of `request`; empty where there is none of its own."""
+    return _header(request.headers, str(request.id))
+
+
+def nonce_of(header: Mapping[str, Any]) -> str:
     """Which publication of its id the message is a copy of; ``""`` if nobody has said."""
-    return str(_header_of(request).get("nonce", ""))
+    return str(header.get("nonce", ""))
 
 
-def due_at(request: Context) -> float | None:
+def due_at(request: Context, header: Mapping[str, Any]) -> float | None:
     """From when on the message was to run, in Unix time: its eta, else when it was published. None: nobody said."""
-    return unix_time(request.eta) or _number(_header_of(request).get("sent"))
+    sent = header.get("sent")
+    return unix_time(request.eta) or (float(sent) if isinstance(sent, (int, float)) else None)
 
 
-def was_redelivered(request: Context) -> bool:
+def was_redelivered(request: Context, header: Mapping[str, Any]) -> bool:
     """Whether the broker has delivered this message before, or one of which this is a copy that was put back."""
     redelivered = (request.delivery_info or {}).get("redelivered")
-    return bool(redelivered) or bool(_header_of(request).get("again"))
+    return bool(redelivered) or bool(header.get("again"))
 
 
 def flagged_queued(headers: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,9 +160,9 @@ def flagged_queued(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {**headers, HEADER: {**headers[HEADER], "queued": True}}
 
 
-def is_queued(request: Context) -> bool:
+def is_queued(header: Mapping[str, Any]) -> bool:
     """Whether there was a mark that said so."""
-    return bool(_header_of(request).get("queued"))
+    return bool(header.get("queued"))
 
 
 def is_repeated(headers: Mapping[str, Any]) -> bool:
@@ -165,6 +177,8 @@ def was_put_back(headers: Mapping[str, Any]) -> bool:
 
 def unix_time(moment: Any) -> float | None:
     """An eta or expiry as a message has it (ISO 8601, UTC unless it says otherwise), in Unix time; None for none."""
+    if moment is None:
+        return None
     try:
         when = datetime.fromisoformat(moment.replace("Z", "+00:00")) if isinstance(moment, str) else moment
         return float((when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp())
@@ -174,45 +188,39 @@ def unix_time(moment: Any) -> float | None:
 
 def with_waits(request: Context, waits: Waits, *, again: bool = False) -> dict[str, Any]:
     """The headers with which the message of `request` is put back. `again`: there may be copies of it."""
-    header = {"of": str(request.id), **_header_of(request), **waits._asdict()}
+    header = {"of": str(request.id), **header_of(request), **waits._asdict()}
     if again:
         header["again"] = True
     return {**(request.headers or {}), HEADER: header}
 
 
-def keep_to_itself(request: Context) -> None:
-    """Before the body runs: the header is this message's, whomever the body hands its headers on to.
+def keep_to_itself(request: Context) -> Mapping[str, Any]:
+    """Before the body runs: the header is this message's, whomever the body hands its headers on to. Returns it.
 
     And where its publisher has not said which publication it is, this delivery does, unless others came before it.
     """
-    import secrets
-
-    header = {"of": str(request.id), **_header_of(request)}
-    if not was_redelivered(request):
-        header.setdefault("nonce", secrets.token_hex(6))
+    header = {"of": str(request.id), **header_of(request)}
+    if "nonce" not in header and not was_redelivered(request, header):
+        header["nonce"] = _nonce()
     request.headers = {**(request.headers or {}), HEADER: header}
+    return header
 
 
 def forget_waits(request: Context) -> None:
     """It has the lock: what it waited for that is not to count when the body sends its task again."""
-    headers = request.headers or {}
-    if HEADER in headers:
-        forgotten = set(Waits._fields) - {"times"} | {"again", "repeated"}
-        mine = {key: value for key, value in _header_of(request).items() if key not in forgotten}
-        request.headers = {**headers, HEADER: mine}
+    header = header_of(request)
+    if not _FORGOTTEN.isdisjoint(header):
+        mine = {key: value for key, value in header.items() if key not in _FORGOTTEN}
+        request.headers = {**(request.headers or {}), HEADER: mine}
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+def _nonce() -> str:
+    return os.urandom(6).hex()
 
 
-def _header_of(request: Context) -> dict[str, Any]:
-    return _header(request.headers, str(request.id))
-
-
-def _header(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any]:
+def _header(headers: Mapping[str, Any] | None, task_id: str) -> Mapping[str, Any]:
     """Empty where there is none, or one that somebody's body has handed on to another task."""
     header = (headers or {}).get(HEADER)
-    if not isinstance(header, Mapping) or header.get("of", task_id) != task_id:
+    if not isinstance(header, (dict, Mapping)) or header.get("of", task_id) != task_id:
         return {}
-    return dict(header)
+    return header

@@ -57,18 +57,20 @@ class Behaviour(NamedTuple):
 
 def behaviour(task: SingletonTask, settings: Settings, for_call: Mapping[str, Any]) -> Behaviour:
     """What holds for a call whose message carries the options `for_call`. `ConfigError` if those cannot be meant."""
-    given = for_one_call(task, for_call) if for_call else {}
-
-    def chosen(option: str, default: Any) -> Any:
-        value = given.get(option, getattr(task, option))
-        return default if value is None else value
-
+    on_conflict: Any = task.on_conflict
+    on_lost, on_unavailable = task.on_lost, task.on_unavailable
+    least, most = task.lock_at_least_for, task.lock_at_most_for
+    if for_call:
+        given = for_one_call(task, for_call)
+        on_conflict = given.get("on_conflict", on_conflict)
+        on_lost, on_unavailable = given.get("on_lost", on_lost), given.get("on_unavailable", on_unavailable)
+        least, most = given.get("lock_at_least_for", least), given.get("lock_at_most_for", most)
     return Behaviour(
-        Conflict.parse(chosen("on_conflict", settings.on_conflict)),
-        chosen("on_lost", settings.on_lost),
-        chosen("on_unavailable", settings.on_unavailable),
-        chosen("lock_at_least_for", 0),
-        chosen("lock_at_most_for", None),
+        settings.on_conflict if on_conflict is None else Conflict.parse(on_conflict),
+        settings.on_lost if on_lost is None else on_lost,
+        settings.on_unavailable if on_unavailable is None else on_unavailable,
+        0 if least is None else least,
+        most,
     )
 
 

@@ -43,6 +43,8 @@ class Reports:
         self._taken = time.monotonic()
         # In a thread of its own: a receiver that takes its time must not keep other bodies from being told.
         held.on_lost(lambda reason: threading.Thread(target=self.lost, args=(held, reason, on_lost)).start())
+        if not signals.heard(signals.lock_acquired):
+            return
         record = signals.AcquiredRecord(
             self._task.name, self._id, held.name, mode_name(self._task._mode), held.fencing_token,
             self._waits.count, self._waited,
@@ -50,6 +52,8 @@ class Reports:
         signals.lock_acquired.send(self._task, record=record)
 
     def released(self, held: HeldLock, *, answered: bool) -> None:
+        if not signals.heard(signals.lock_released):
+            return
         lasted = time.monotonic() - self._taken
         record = signals.ReleasedRecord(self._task.name, self._id, held.name, lasted, answered)
         signals.lock_released.send(self._task, record=record)

@@ -135,17 +135,14 @@ class Runtime:
 
         `rider` makes it for the session whose lock it is going to be.
         """
-
-        def acquired(session: Session) -> HeldLock:
-            return acquire(session, name, mode, rider=rider and rider(session), **options)
-
         session = self.session()
         try:
-            return acquired(session)
+            return acquire(session, name, mode, rider=rider and rider(session), **options)
         except LockLost:
             if not session.lost:
                 raise
-        return acquired(self.session())
+        session = self.session()
+        return acquire(session, name, mode, rider=rider and rider(session), **options)
 
     def close(self) -> None:
         """End the session, and give back all that hangs on it. The next `session` opens another."""

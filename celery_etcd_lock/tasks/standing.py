@@ -35,7 +35,7 @@ from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LockCont
 from celery_etcd_lock.locks.rider import Rider
 from celery_etcd_lock.tasks.errands import Errands
 from celery_etcd_lock.tasks.marks import Mark, task_id_in
-from celery_etcd_lock.tasks.message import Waits, is_queued
+from celery_etcd_lock.tasks.message import Waits, header_of, is_queued
 from celery_etcd_lock.tasks.queued import PATIENCE, long_ttl
 from celery_etcd_lock.tasks.runtime import Runtime
 
@@ -69,9 +69,10 @@ class Standing:
         self._until_end = task.unique_queued == "until_end"
         self._coalesces = coalesces and bool(self._id) and not request.is_eager
         self._lock = lock
-        self._waited = self._coalesces and Waits.of(request).count > 0
+        header = header_of(request)
+        self._waited = self._coalesces and Waits.of(header).count > 0
         """The waiting mark may be this message's."""
-        self._queued = Mark.queued(lock, task.name, self._id) if is_queued(request) else None
+        self._queued = Mark.queued(lock, task.name, self._id) if is_queued(header) else None
         self._lease: int | None = None
         """Of the session on which the queued mark is to go."""
         self._began = False

@@ -117,34 +117,32 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         request: Any = self.request
         if request.__dict__.pop(_INSIDE, False):  # called by a ``__call__`` that has been put inside the lock
-            return self._call_body(args, kwargs)
+            return self._call_body(request, args, kwargs)
         if request.called_directly or not enter(request):
             # A function call; or the body calls its own task, and inherits the request.
             return super().__call__(*args, **kwargs)
-        return self._call_locked(lambda: self._call_body(args, kwargs), args, kwargs)
+        return self._call_locked(request, lambda: self._call_body(request, args, kwargs), args, kwargs)
 
     setattr(__call__, _GUARDS, True)
 
-    def _call_locked(self, body: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        request = self.request
+    def _call_locked(self, request: Any, body: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         settings = Settings.from_app(self.app)
         if settings.enabled is False or (request.is_eager and not settings.eager) or self.name.startswith("celery."):
             set_lock(request, Unlocked())
             return body()
         from celery_etcd_lock.tasks.guard import run_alone  # and all that a lock takes: who publishes takes none
 
-        return run_alone(self, request, args, kwargs, body)
+        return run_alone(self, request, args, kwargs, body, observes=settings.enabled == "observe")
 
     def _queued_ttl(self) -> float:
         """Seconds for which a mark stands that says that a message of this task is queued, from its eta on."""
         return Settings.from_app(self.app).queued_ttl
 
-    def _call_body(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_body(self, request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call: Any = super().__call__
         if call.__func__ is not Task.__call__:
             return call(*args, **kwargs)
         # Task.__call__ would push a request of its own over the one that runs; the worker avoids it the same way.
-        request: Any = self.request
         request._protected = 1
         return self.run(*args, **kwargs)
 
@@ -257,7 +255,7 @@ def _guarding(call: Any) -> Any:
             finally:
                 request.__dict__.pop(_INSIDE, None)
 
-        return self._call_locked(body, args, kwargs)
+        return self._call_locked(request, body, args, kwargs)
 
     setattr(guarded, _GUARDS, True)
     return guarded

@@ -82,15 +82,15 @@ def own_striker() -> RandomStriker:
     return RandomStriker(signal.SIGUSR1)
 
 
-def run_struck(task: Any, request: Any, args: Any, kwargs: Any, body: Any) -> Any:
+def run_struck(task: Any, request: Any, args: Any, kwargs: Any, body: Any, *, observes: bool) -> Any:
     """Struck from before its lock is taken until after it was given back, and never in Celery's own code."""
     if not kwargs.get("strike"):
-        return run_alone(task, request, args, kwargs, body)
+        return run_alone(task, request, args, kwargs, body, observes=observes)
     striker = own_striker()
     try:
         striker.draw()
         striker.begins("call")
-        return run_alone(task, request, args, kwargs, body)
+        return run_alone(task, request, args, kwargs, body, observes=observes)
     finally:
         striker.rest()
 
