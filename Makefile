@@ -9,6 +9,9 @@ WORKERS ?= 6
 bin := $(VENV)/bin
 celery_tests := tests/beat tests/tasks tests/test_settings.py tests/test_pytest_plugin.py tests/test_fencing_examples.py
 
+# Where no bytecode is kept, each pytest, and each of some hundred processes that tests start, compiles all of it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo example test test-broken test-celery-oldest test-grpc-oldest bench bench-smoke costs endings coverage chaos chaos-beat smoke
 .PHONY: check types docs matrix format clean
@@ -23,10 +26,14 @@ example: $(VENV)/.demo $(VENV)/.example ## the Django shop, until Ctrl-C: etcd, 
 	@$(bin)/python -m example_project.run $(if $(PORT),--port=$(PORT)) $(ARGS)
 
 test: $(VENV)/.test ## the tests, on a real etcd, a real broker and real workers; ARGS="-k mutex -x" go to pytest
-	@$(bin)/python -m pytest -n $(WORKERS) --dist loadscope -m "not alone" $(ARGS); first=$$?; \
-	  [ $$first = 0 ] || [ $$first = 5 ] || exit $$first; \
-	  $(bin)/python -m pytest -m "alone and not broken" $(ARGS); second=$$?; \
-	  [ $$first = 5 ] || [ $$second != 5 ] || exit 0; exit $$second # 5: ARGS chose no test there
+	@all=5; run() { \
+	    $(bin)/python -m pytest "$$@" $(ARGS); part=$$?; \
+	    [ $$part = 5 ] || all=$$part; [ $$part = 0 ] || [ $$part = 5 ] || exit $$part; \
+	  }; \
+	  run -n $(WORKERS) --dist loadscope -m "not alone"; \
+	  run -n 3 --dist loadscope -m "together and not broken"; \
+	  run -m "alone and not together and not broken"; \
+	  exit $$all # 5: ARGS chose no test
 
 test-broken: $(VENV)/.test ## that make chaos finds locks which are broken on purpose: chaos runs, and so not in make test
 	@$(bin)/python -m pytest -m broken $(ARGS)

@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -164,14 +164,14 @@ def fill_with_dead_names(transport: Transport, name: str, count: int) -> None:
         transport.txn(Txn([], [Delete(key) for key in keys]))
 
 
-def alternate(one: Lock, other: Lock, times: int) -> None:
-    """Both want it at once, and again as soon as they have given it back: `times` holds in all."""
+def alternate(locks: Sequence[Lock], times: int) -> None:
+    """All want it at once, and again as soon as they have given it back: `times` holds in all."""
 
     def come(lock: Lock) -> None:
-        for _ in range(times // 2):
+        for _ in range(times // len(locks)):
             take(lock)
 
-    in_threads(lambda: come(one), lambda: come(other))
+    in_threads(*(lambda lock=lock: come(lock) for lock in locks))
 
 
 def keep_for(session: Session, prefix: str, count: int) -> list[HeldLock]:
@@ -358,7 +358,7 @@ def taken_often(server: EtcdServer, wire: Wire, times: int, pairs: int) -> None:
         )
 
         def hand_over(name: str, count: int = 10) -> None:
-            alternate(Mutex(session, name), Mutex(other, name), count)
+            alternate([Mutex(session, name), Mutex(other, name)], count)
 
         hand_over(f"/{wire}/contended", times // 10)
         numbers = itertools.count()

@@ -11,6 +11,7 @@ from tests.beat.faults import SHORT
 
 
 @pytest.mark.alone
+@pytest.mark.together
 def test_every_tick_once_through_a_kill_a_freeze_a_stop_and_an_etcd_without_its_leader(tmp_path: Path) -> None:
     outcome = chaos(tmp_path, SHORT)
     assert outcome.report.violations == []

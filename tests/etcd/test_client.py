@@ -286,6 +286,7 @@ def test_forks(etcd: EtcdServer, mode: str, support: str, said: list[str]) -> No
 
 
 @pytest.mark.alone  # tokens that live for two seconds, in pure Python
+@pytest.mark.together
 def test_the_real_package(with_etcd3: dict[str, str]) -> None:
     """All of `with_etcd3.py`, the contract suite among it, in a process that can import etcd3 0.12.0."""
     done = subprocess.run(

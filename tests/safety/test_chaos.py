@@ -15,7 +15,7 @@ from tests.safety.history import History, read
 from tests.safety.witness import Account
 from tests.servers import skip_or_fail
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, pytest.mark.together]
 
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("GIL held",)
