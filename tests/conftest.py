@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import uuid
@@ -19,6 +20,12 @@ from tests.workers import collect_garbage
 
 _BUILD_SECONDS = "go_build_seconds"
 _LONGEST_BUILD = pytest.StashKey[float]()
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: garbage, which tests have collected some hundred times, is not looked for in it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
