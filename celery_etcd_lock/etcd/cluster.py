@@ -142,16 +142,15 @@ class Cluster(ABC, Generic[E]):
         seconds; what `attempt` raises, unless it is `NoAnswer`.
         """
         total = self.timeout if timeout is None else timeout
-        deadline = time.monotonic() + total
+        deadline, left = time.monotonic() + total, total
         share = total / (len(self.endpoints) + 1)
         failures: dict[E, NoAnswer] = {}
         unanswered = False
         for number in itertools.count(1):
-            current = self._current
-            endpoint = self.endpoints[current]
-            left = deadline - time.monotonic()
             if left <= 0:
                 break
+            current = self._current
+            endpoint = self.endpoints[current]
             try:
                 return self.on_one(endpoint, attempt, min(share, left)), unanswered
             except NoAnswer as failure:
@@ -171,6 +170,7 @@ class Cluster(ABC, Generic[E]):
                 if len(failures) == len(self.endpoints) and all(each.hopeless for each in failures.values()):
                     break
                 time.sleep(max(0.0, min(random.uniform(0.02, 0.1), deadline - time.monotonic())))
+            left = deadline - time.monotonic()
         # Not dying, then: the next call has a look at whether certificates or TLS have changed meanwhile.
         self._known.difference_update(endpoint for endpoint, failure in failures.items() if failure.unclear)
         raise self.nobody(failures, total, unanswered)
