@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from kombu.exceptions import OperationalError
@@ -117,6 +119,35 @@ def test_it_makes_room_for_one_that_comes_later(new_beats: NewBeats, proxy: Prox
     second = beats.beat()
     await_ticks_of(beats, second)
     assert first.output.count(SAID) == 1
+
+
+def test_sigterm_in_a_publish_that_hangs(new_beats: NewBeats, proxy: Proxy) -> None:
+    """With a timeout for the broker it waits for that, and no longer. The slot is sent by the next under its id."""
+    beats = new_beats(etcd_lock_beat_ttl=60, broker_transport_options={"socket_timeout": 2})
+    beats.variables["ARRIVALS"] = "1"  # also of a singleton's copy, which is dropped
+    beats.worker()
+    first = beat_at(beats, proxy.url)
+    await_ticks_of(beats, first)
+    proxy.black_hole()
+
+    def open_slots() -> list[Any]:
+        return [record for kv in beats.keys("entry/") if (record := json.loads(kv.value)).get("state") == "sending"]
+
+    def hanging() -> Any:
+        """Seen twice: the first may have been the last to go through."""
+        before = open_slots()
+        time.sleep(0.5)
+        return before and before == open_slots() and before
+
+    (hangs,) = until(hanging, "a publish that hangs")
+    began = time.monotonic()
+    assert first.stop() == 0
+    assert time.monotonic() - began < 40
+    assert [record["task_id"] for record in open_slots()] == [hangs["task_id"]]
+    assert not beats.keys("leader/"), "it has stepped down"
+    second = beats.beat()
+    again = (hangs["task_id"], second.pid)
+    until(lambda: again in {(each.id, each.pid) for each in beats.received()}, "the slot, sent by the next")
 
 
 def test_a_beat_that_is_deposed_while_it_connects_stops_trying(
