@@ -142,7 +142,7 @@ class LeaderElectedRecord(NamedTuple):
 
 
 class LeaderLostRecord(NamedTuple):
-    """This beat cannot be sure any more that it leads. It sends nothing, and stands for election again."""
+    """This beat does not lead any more, or cannot be sure of it. It sends nothing, and stands for election again."""
 
     beat: str
     key: str

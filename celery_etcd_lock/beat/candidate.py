@@ -1,6 +1,6 @@
 """Standing for election, in a thread of its own: what the thread that ticks does, or sleeps, costs no leadership::
 
-    asking ──▶ standing by ──▶ leading ──▶ (lost) asking
+    asking ──▶ standing by ──▶ leading ──▶ (lost, or given up) asking
       └──────────────────────────────────────────┘
 
 It never gives up, whatever etcd says or does not say: no beat ends because of etcd.
@@ -14,13 +14,15 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from celery_etcd_lock import signals
+from celery_etcd_lock.beat.broker import Broker
 from celery_etcd_lock.beat.clocks import Clocks
 from celery_etcd_lock.beat.outage import Outage
 from celery_etcd_lock.beat.record import leader_name
+from celery_etcd_lock.etcd.api import Range, prefix_end
 from celery_etcd_lock.exceptions import EtcdLockError, LockLost
 from celery_etcd_lock.locks.election import Election, Leader, Leadership
 from celery_etcd_lock.locks.queue import value_of
@@ -35,6 +37,9 @@ logger = logging.getLogger("celery_etcd_lock")
 _PAUSE = 1.0
 """Seconds between two tries to get into touch with etcd."""
 
+_LOOK = 1.0
+"""Seconds between two looks whether this beat, which leads, reaches the broker. Asks nobody."""
+
 
 class Candidate:
     """This beat, in the election of all that have its name.
@@ -42,10 +47,13 @@ class Candidate:
     `project`: the app's name, by which two projects find out. `send` is called with a signal and its record.
     """
 
-    def __init__(self, settings: Settings, outage: Outage, project: str, send: Callable[[Any, Any], None]) -> None:
+    def __init__(
+        self, settings: Settings, outage: Outage, broker: Broker, project: str, send: Callable[[Any, Any], None]
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._project = project
         self._outage = outage
+        self._broker = broker
         self._send = send
         self._thread: threading.Thread | None = None
         self._transport = settings.connect()
@@ -122,14 +130,44 @@ class Candidate:
         self._elected.set()
         leadership.on_lost(lambda _reason: deposed.set())
         clocks = Clocks(self._transport, leadership.name, leadership.fencing_token + 1, leadership.session.ttl)
-        deposed.wait()
+        given_up = self._await_end(leadership, deposed)
         clocks.close()
         self._elected.clear()
         self._leadership = None
+        if given_up:
+            leadership.resign()
         if not self._closed.is_set():
             seconds = time.monotonic() - began
-            record = signals.LeaderLostRecord(beat, leadership.key, leadership.why_not(), seconds)
+            record = signals.LeaderLostRecord(beat, leadership.key, given_up or leadership.why_not(), seconds)
             self._send(signals.leader_lost, record)
+
+    def _await_end(self, leadership: Leadership, deposed: threading.Event) -> str:
+        """Until it is lost, or to be given up. Returns why it is given up; ``""``: it is lost."""
+        broker, ttl = self._broker, self._settings.beat_ttl
+        began = ask_at = broker.now()
+        while not deposed.wait(_LOOK):
+            away = broker.away(began)
+            if away < broker.patience(ttl) or broker.now() < ask_at:
+                continue
+            ask_at = broker.now() + ttl
+            if self._another_stands_by(leadership):
+                broker.gives_up()
+                since = (datetime.now(timezone.utc) - timedelta(seconds=away)).isoformat(timespec="seconds")
+                logger.warning(
+                    "etcd_lock.beat_without_broker: no broker since %s, for %.0f s: this beat, which leads %r, steps "
+                    "down for one that stands by, and stands for election again",
+                    since, away, self._settings.beat_name,
+                )  # fmt: skip
+                return f"it had no broker for {away:.0f} s"
+        return ""
+
+    def _another_stands_by(self, leadership: Leadership) -> bool:
+        start = leadership.name + "/"
+        candidates = Range(start, prefix_end(start), count_only=True)
+        try:
+            return self._transport.range(candidates, timeout=self._settings.timeout).count > 1
+        except EtcdLockError:
+            return False  # then this beat does not lead for long
 
     def _say_who_leads(self, leader: Leader | None) -> None:
         if leader is None:

@@ -8,31 +8,33 @@ entry says again when it ran last, and comes up again, before anything is writte
 from __future__ import annotations
 
 import heapq
+import logging
 import shelve
 import time
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final
 
-from celery.beat import PersistentScheduler, Scheduler, SchedulingError, event_t
+from celery.beat import PersistentScheduler, Scheduler, event_t
 from celery.utils.time import maybe_make_aware
-from kombu.exceptions import EncodeError
+from kombu import Connection
 
 from celery_etcd_lock import signals
+from celery_etcd_lock.beat.broker import Broker
 from celery_etcd_lock.beat.entries import Entry, bring, copy_with, has_own_store, in_utc, last_run, put_off, runs
+from celery_etcd_lock.beat.failures import is_broker, is_permanent
 from celery_etcd_lock.beat.ledger import Ledger
 from celery_etcd_lock.beat.outage import Outage
 from celery_etcd_lock.beat.record import Record
 from celery_etcd_lock.beat.schedule_file import InMemory
 from celery_etcd_lock.beat.slots import Slot, due_time, options_for, slot_of
-from celery_etcd_lock.exceptions import ConfigError, DuplicateTaskError, EtcdLockError, LockLost
+from celery_etcd_lock.exceptions import EtcdLockError, LockLost
 from celery_etcd_lock.tasks.interrupts import deferred
 from celery_etcd_lock.tasks.task import SingletonTask
 
 __all__ = ["Fenced", "fenced"]
 
-_PERMANENT: Final = (ConfigError, DuplicateTaskError, EncodeError, LookupError, TypeError, ValueError)
-"""What is wrong with the message itself, or with sending it at all: the next try would fail as well."""
+celerys_logger = logging.getLogger("celery.beat")
 
 _PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
@@ -65,7 +67,9 @@ class Fenced(Scheduler):
     _taken: Entry | None = None
     """What has moved on in its place in the schedule, and has not come to the fence."""
 
-    def begin(self, ledger: Ledger, outage: Outage, *, beat: str, scope: str, done_ttl: float) -> None:
+    def begin(
+        self, ledger: Ledger, outage: Outage, broker: Broker, *, beat: str, scope: str, done_ttl: float
+    ) -> None:  # fmt: skip
         """Send what is due, as far as `ledger` lets it through, for the `beat` of this name.
 
         `done_ttl`: for how many seconds a task's id is remembered where it has run.
@@ -73,6 +77,7 @@ class Fenced(Scheduler):
         self._id_ttl = timedelta(seconds=done_ttl)
         self._ledger = ledger
         self._outage = outage
+        self._broker = broker
         self._beat = beat
         self._scope = scope
         self._reserved: Entry | None = None
@@ -108,6 +113,13 @@ class Fenced(Scheduler):
             self._push(entry, pause)
             interval = min(interval, pause)
         return interval
+
+    def _ensure_connected(self) -> Connection:
+        """As Celery's, which may take three quarters of an hour; `LockLost` as soon as this does not lead any more."""
+        assert self._ledger is not None
+        retries, leads = self.app.conf.broker_connection_max_retries, self._ledger.assert_leads
+        with self._broker.trying(self._is_out_of_reach):
+            return self.connection.ensure_connection(_say_not_connected, retries, callback=leads)
 
     def reserve(self, entry: Entry) -> Entry:
         self._taken = entry
@@ -158,7 +170,7 @@ class Fenced(Scheduler):
         try:
             result = self._publish(entry, slot, producer, options, again=again)
         except Exception as error:
-            if _is_permanent(error):
+            if is_permanent(error):
                 self._write_down(entry, reserved, sending._replace(state="failed"))
             else:
                 self._put(entry, reserved, self._next_pause(entry))
@@ -213,9 +225,16 @@ class Fenced(Scheduler):
         options = options_for(entry.options, slot, beat=self._beat, entry=entry.name, singleton=singleton, again=again)
         self._publishing = True  # no sync now: the entry has moved on already, and may have to go back
         try:
-            return super().apply_async(copy_with(entry, options), producer=producer, advance=False, **kwargs)
+            with self._broker.trying(self._is_out_of_reach):
+                result = super().apply_async(copy_with(entry, options), producer=producer, advance=False, **kwargs)
         finally:
             self._publishing = False
+        if getattr(result, "id", None) == options["task_id"]:  # else it is queued already, and was not published
+            self._broker.reached()
+        return result
+
+    def _is_out_of_reach(self, error: BaseException) -> bool:
+        return is_broker(error, self.connection)
 
     def _write_down(self, entry: Entry, reserved: Entry | None, record: Record) -> None:
         """That the slot is over, in etcd and in the scheduler."""
@@ -297,8 +316,6 @@ def _is_over(record: Record | None, old: datetime) -> bool:
     return record is not None and record.state != "sending" and (record.last_run_at or old) < old
 
 
-def _is_permanent(error: BaseException | None) -> bool:
-    """Whether it is the message that is wrong, not the broker. Celery has wrapped it in a `SchedulingError`."""
-    while isinstance(error, SchedulingError):
-        error = error.__cause__ or error.__context__
-    return isinstance(error, _PERMANENT)
+def _say_not_connected(error: BaseException, interval: float) -> None:
+    """As Celery does."""
+    celerys_logger.error("beat: Connection error: %s. Trying again in %s seconds...", error, interval)

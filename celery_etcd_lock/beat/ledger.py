@@ -42,6 +42,10 @@ class Ledger:
         """Whether this is surely the leader still. Asks the clock, not etcd."""
         return self._leadership.is_held()
 
+    def assert_leads(self) -> None:
+        """`LockLost` unless it is."""
+        self._leadership.assert_held()
+
     def load(self) -> None:
         """Read all records. `EtcdUnavailable`, `LockLost`."""
         start, end = self._prefix, prefix_end(self._prefix)

@@ -12,6 +12,7 @@ from celery import Celery
 from celery.beat import PersistentScheduler, Scheduler
 from celery.utils.imports import qualname
 
+from celery_etcd_lock.beat.broker import Broker
 from celery_etcd_lock.beat.candidate import Candidate, who
 from celery_etcd_lock.beat.clocks import BELIEVED, REPORTED
 from celery_etcd_lock.beat.fenced import Fenced, fenced
@@ -58,6 +59,7 @@ class EtcdScheduler(Scheduler):
         self._inner: Scheduler | None = None
         self._leadership: Leadership | None = None
         self._outage = Outage(self._settings)
+        self._broker = Broker()
         super().__init__(app, max_interval=max_interval, lazy=True)
         self._lazily = self._wrapped(**self._arguments, lazy=True)
         self.max_interval = self._lazily.max_interval
@@ -69,7 +71,11 @@ class EtcdScheduler(Scheduler):
         elif self._settings.endpoints[0].startswith("memory://"):
             self._say_alone("etcd_lock_endpoints is memory://, which no other process shares")
         self._candidate = Candidate(
-            self._settings, self._outage, app.main or "", lambda signal, record: signal.send(app, record=record)
+            self._settings,
+            self._outage,
+            self._broker,
+            app.main or "",
+            lambda signal, record: signal.send(app, record=record),
         )
 
     def _say_alone(self, why: str) -> None:
@@ -164,12 +170,14 @@ class EtcdScheduler(Scheduler):
         with deferred():
             ledger.load()
         self._outage.over()
+        self._broker.forget()
         self._look_at_clock(ledger)
         scheduler = fenced(self._wrapped, adopt=not ledger.names())
         inner = scheduler(**self._arguments, lazy=False)
         inner.begin(
             ledger,
             self._outage,
+            self._broker,
             beat=settings.beat_name,
             scope=beat_prefix(settings.namespace, settings.beat_name),
             done_ttl=settings.done_ttl,
