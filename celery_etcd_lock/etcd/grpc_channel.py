@@ -104,7 +104,10 @@ def open_channel(target: str, tls: tuple[bytes | None, bytes | None, bytes | Non
 
 
 class Link:
-    """A channel, which is closed once it is retired and nothing is under way on it any more. Raises as `use_here`."""
+    """A channel, which is closed once it is retired and nobody is inside any more (``with link:``).
+
+    Raises as `use_here`.
+    """
 
     def __init__(self, connect: Callable[[], Channel]) -> None:
         use_here()
@@ -141,10 +144,6 @@ class Link:
             request_serializer=_serialized,
             response_deserializer=getattr(messages, reply).FromString,
         )
-
-    def using(self) -> Link:
-        """A context in which it is not closed, though it be retired."""
-        return self
 
     def __enter__(self) -> Link:
         with self._lock:
@@ -198,7 +197,7 @@ class Duplex:
     def _read(self, received: Callable[[Message], None], ended: Callable[[Exception], None]) -> None:
         end: Exception = NoAnswer("the stream ended", sent=True, silent=True)
         try:
-            with self._link.using():
+            with self._link:
                 for message in self._call:
                     received(message)
         except LINK_ERRORS as error:

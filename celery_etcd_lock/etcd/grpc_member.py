@@ -59,9 +59,9 @@ class Member:
 
     def call(self, name: str, message: Message | bytes, headers: Mapping[str, str], timeout: float) -> Message:
         """etcd's reply; raises `NoAnswer` if there is none within `timeout` seconds, and what etcd says instead."""
-        link = self._current()
+        link = self._link or self._current()
         try:
-            with link.using():
+            with link:
                 if not link.greeted:
                     deadline = time.monotonic() + timeout
                     self._greet(link, timeout)

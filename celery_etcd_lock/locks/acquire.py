@@ -144,10 +144,7 @@ class _Attempt:
             self.stays_until = sibling.move(self.session, self.contender, self.value, self.at_least_for)
         if self.rider is not None:
             self.rode = ride(self.session, self.contender, self.rider)
-        return self.held(token)
-
-    def held(self, fencing_token: int) -> HeldLock:
-        return HeldLock(self.session, self.contender, fencing_token, rode=self.rode)
+        return HeldLock(self.session, self.contender, token, rode=self.rode)
 
     def leave_sibling(self) -> None:
         """From here on the sibling, if there is one, stays though its contender goes."""

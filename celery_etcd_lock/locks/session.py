@@ -32,6 +32,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -65,12 +66,10 @@ __all__ = ["Session", "boottime"]
 logger = logging.getLogger(__name__)
 
 
-_BOOTTIME: int | None = getattr(time, "CLOCK_BOOTTIME", None)
-
-
-def boottime() -> float:
-    """Seconds of a clock that never steps and, where there is one (Linux), goes on while the machine sleeps."""
-    return time.monotonic() if _BOOTTIME is None else time.clock_gettime(_BOOTTIME)
+boottime: Callable[[], float] = (
+    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+)
+"""Seconds of a clock that never steps and, where there is one (Linux), goes on while the machine sleeps."""
 
 
 def trusted_until(sent: float, ttl: float) -> float:
@@ -108,6 +107,8 @@ class Session:
         self._clock = clock
         self._changed = threading.Condition()
         self._lost = threading.Event()
+        self._over = False
+        """That it is set, for those who only look, often."""
         self._reason = ""
         self._closed = False
         self._on_lost = on_lost
@@ -206,7 +207,7 @@ class Session:
 
     def remaining(self) -> float:
         """Seconds for which the session is surely ours; 0 when it is lost, closed, or another process's."""
-        if self._lost.is_set() or self._closed or os.getpid() != self.pid:
+        if self._over or os.getpid() != self.pid:
             return 0.0
         return max(0.0, self._deadline - self._clock())
 
@@ -232,7 +233,7 @@ class Session:
 
     def assert_trusted(self) -> None:
         """`LockLost` unless the session can be trusted right now."""
-        if self._lost.is_set() or self._closed or os.getpid() != self.pid or self._clock() >= self._deadline:
+        if self._over or os.getpid() != self.pid or self._clock() >= self._deadline:
             raise LockLost(self.reason)
 
     def _overdue(self) -> str:
@@ -242,7 +243,7 @@ class Session:
         with self._changed:
             if self._lost.is_set():
                 return
-            self._reason = reason
+            self._reason, self._over = reason, True
             self._lost.set()
             self._changed.notify_all()
         self.contenders.lose_all(reason)
