@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from functools import partial
 
 from benchmarks import plots
@@ -29,10 +30,14 @@ def uncontended(stage: Stage) -> Section:
     section = Section("uncontended", "A lock that nobody else wants: acquire and release")
     with Contenders(stage.etcd.url, stage.redis.url) as contenders:
         started = {kind: contenders.start(kind) for kind in NAMES}
+        took = {kind: -each.processor_time() for kind, each in started.items()}
+        warm_up = 1
         contest = in_turn(
             {kind: partial(each.bench, f"/uncontended/{kind}", stage.sizes.pairs) for kind, each in started.items()},
-            rounds=stage.sizes.rounds,
-        )
+            rounds=stage.sizes.rounds, warm_up=warm_up,
+        )  # fmt: skip
+        pairs = stage.sizes.pairs * (stage.sizes.rounds + warm_up)
+        took = {kind: (took[kind] + each.processor_time()) / pairs for kind, each in started.items()}
     for ours, floor in (("ours-grpc", "floor-grpc"), ("ours-gateway", "floor-gateway")):
         wire = ours.partition("-")[2]
         section.add(f"acquire and release over {wire}, to the floor", contest.ratio(ours, floor), bar=1.15)
@@ -47,14 +52,21 @@ def uncontended(stage: Stage) -> Section:
         section.add(f"acquire and release over {wire}, to {NAMES[other]}", contest.ratio(ours, other), bar=bar)
     for other in ("floor-grpc", "floor-gateway"):
         section.add(f"for comparison: {NAMES[other]}, to Go's Mutex", contest.ratio(other, GO))
-    _show(section, contest, "a lock taken and given back, against an etcd that writes to disk")
+    _show(section, contest, "a lock taken and given back, against an etcd that writes to disk", took)
     return section
 
 
-def _show(section: Section, contest: Contest, what: str) -> None:
+def _show(section: Section, contest: Contest, what: str, processor: Mapping[str, float] | None = None) -> None:
+    """`processor`: the seconds of it that the client itself takes for one, all its threads and the system's part."""
     shown = [kind for kind in NAMES if kind in contest.blocks]
-    rows = [(NAMES[kind], milliseconds(contest.values(kind)), times(contest.ratio(kind, GO))) for kind in shown]
-    section.tables.append(table(["", "median (quartiles)", "to Go's Mutex"], rows))
+    rows = [[NAMES[kind], milliseconds(contest.values(kind)), times(contest.ratio(kind, GO))] for kind in shown]
+    columns = ["", "median (quartiles)", "to Go's Mutex"]
+    if processor is not None:
+        columns.append("of it, the client's processor")
+        for kind, row in zip(shown, rows, strict=True):
+            row.append(f"{processor[kind] * 1e3:.2f} ms")
+        section.raw["processor_seconds"] = processor
+    section.tables.append(table(columns, rows))
     bars = [(NAMES[kind], contest.values(kind)) for kind in shown]
     section.plots[section.name] = plots.bars(what[:1].upper() + what[1:], bars, unit="ms", scale=1e3)
     section.raw["seconds"] = contest.raw()

@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.contenders.driver import build_go
 
 __all__ = ["GO", "Contender", "Contenders"]
@@ -44,6 +46,11 @@ class Contender:
         if said["event"] != event:
             raise RuntimeError(f"{self.process.args!r} was to say {event!r}, and said {said}")
         return said
+
+    def processor_time(self) -> float:
+        """Seconds that it has taken so far, in hundredths."""
+        used = psutil.Process(self.process.pid).cpu_times()
+        return float(used.user + used.system)
 
     def bench(self, name: str, times: int) -> list[float]:
         """Lock and unlock `name`, `times` times: the seconds of each."""

@@ -53,24 +53,31 @@ def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str | No
     return next(iter(difflib.get_close_matches(word.lower(), candidates, n=1, cutoff=cutoff)), None)
 
 
-class PutBack(NamedTuple):
+# Not the named tuples that other values are: two of these are not the same for holding the same number.
+
+
+@dataclass(frozen=True)
+class PutBack:
     """Publish the same message again, to come back after `countdown` seconds."""
 
     countdown: float
 
 
-class SkipRun(NamedTuple):
+@dataclass(frozen=True)
+class SkipRun:
     """Do not run the body: the task succeeds with `result`, and its chain goes on or fails."""
 
     result: Any = None
     chain: InChain = "fail"
 
 
-class Refuse(NamedTuple):
+@dataclass(frozen=True)
+class Refuse:
     """Fail the task with `LockContended`."""
 
 
-class WaitInPlace(NamedTuple):
+@dataclass(frozen=True)
+class WaitInPlace:
     """Stand in etcd's queue for at most `timeout` seconds; then decide again with ``timed_out=True``."""
 
     timeout: float
