@@ -23,9 +23,15 @@ _LONGEST_BUILD = pytest.StashKey[float]()
 
 
 def pytest_collection_finish() -> None:
-    """What is there by now stays: garbage, which tests have collected some hundred times, is not looked for in it."""
+    """What is there by now stays: garbage, which tests have collected some hundred times, is not looked for in it.
+
+    With so little else to look through Python would do so by itself much more often, in the middle of any test: see
+    `collect_garbage` for what comes of that.
+    """
     gc.collect()
     gc.freeze()
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, 1_000_000)
 
 
 @pytest.fixture(autouse=True)

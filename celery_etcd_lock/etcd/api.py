@@ -156,6 +156,9 @@ class Replies(Sequence["OperationReply"]):
     def __len__(self) -> int:
         return len(self._raw)
 
+    def __reduce__(self) -> tuple[type[tuple[OperationReply, ...]], tuple[tuple[OperationReply, ...]]]:
+        return tuple, (tuple(self),)  # to another process, see `apart`
+
 
 class TxnReply(NamedTuple):
     header: Header

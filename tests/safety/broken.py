@@ -59,10 +59,13 @@ def _overtaking() -> None:
 def _token() -> None:
     """The token is the revision of the session's key, which does not grow with the lock's holders."""
 
-    def held(self: Any, fencing_token: int) -> HeldLock:
+    run = _Attempt.run
+
+    def run_and_forget(self: Any, blocking: bool, timeout: float | None) -> HeldLock:
+        run(self, blocking, timeout)
         return HeldLock(self.session, self.contender, self.session.epoch)
 
-    _Attempt.held = held  # type: ignore[method-assign]
+    _Attempt.run = run_and_forget  # type: ignore[method-assign]
 
 
 BREAKS: Mapping[str, Callable[[], None]] = {

@@ -20,7 +20,6 @@ from celery import shared_task
 from celery_etcd_lock import SingletonTask
 from celery_etcd_lock.locks.held import HeldLock
 from celery_etcd_lock.tasks import abort, guard
-from celery_etcd_lock.tasks import task as task_module
 from celery_etcd_lock.tasks.guard import run_alone
 from celery_etcd_lock.tasks.runtime import Runtime
 from tests.strikes import Striker
@@ -95,7 +94,7 @@ def run_struck(task: Any, request: Any, args: Any, kwargs: Any, body: Any, *, ob
         striker.rest()
 
 
-task_module.run_alone = run_struck  # type: ignore[attr-defined]
+guard.run_alone = run_struck
 
 
 @shared_task(base=SingletonTask, bind=True, name="struck", unique_on="number", on_conflict="fail")
