@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from celery_etcd_lock.metrics import ended
+from celery_etcd_lock.metrics.ended import add_up, registry_of
 from celery_etcd_lock.metrics.processes import remove_dead
 from celery_etcd_lock.metrics.tally import Tally
 from celery_etcd_lock.signals import AcquiredRecord, ContendedRecord, LostRecord, Outcome, ReleasedRecord
@@ -141,6 +145,7 @@ metrics.connect()
         """It says what to install."""
         code = """
 import sys
+import threading
 sys.modules["prometheus_client"] = None  # as if it were not installed
 from celery_etcd_lock import metrics
 metrics.connect()
@@ -164,3 +169,23 @@ def test_alerts() -> None:
     for arguments in (["check", "rules", "docs/alerts.yml"], ["test", "rules", "tests/alerts_test.yml"]):
         done = subprocess.run([promtool, *arguments], check=False, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_child_that_is_forked_while_somebody_reads_keeps_no_lock(tmp_path: Path) -> None:
+    """A worker's main process serves scrapes and forks children: those that end must not wait for those that came."""
+    registry_of(tmp_path)
+    stay, leave = os.pipe()
+    with ended._locked(tmp_path, fcntl.LOCK_SH):
+        child = os.fork()
+        if not child:
+            os.close(leave)
+            os.read(stay, 1)
+            os._exit(0)
+    adding = threading.Thread(target=add_up, args=(tmp_path, 1), daemon=True)
+    adding.start()
+    adding.join(20)
+    blocked = adding.is_alive()
+    os.close(leave)
+    os.waitpid(child, 0)
+    os.close(stay)
+    assert not blocked

@@ -62,4 +62,6 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
         fcntl.flock(handle, how)
         yield
     finally:
+        # Closing it would not do: a child that was forked meanwhile has it open too, and would keep the lock for life.
+        fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
