@@ -38,9 +38,8 @@ __all__ = ["GatewayTransport", "GatewayWatch"]
 class GatewayCluster(Cluster[Endpoint]):
     """See `Cluster`."""
 
-    anonymous: Mapping[
-        str, str
-    ] = {  # no more of them: etcd carries each (a User-Agent too) on, through a hop of its own
+    # No more than these, and no User-Agent: etcd carries each header on, through a hop of its own.
+    anonymous: Mapping[str, str] = {
         "Content-Type": "application/json",
         "Accept-Encoding": "identity",
         # a member that has lost its leader says so, instead of letting us wait

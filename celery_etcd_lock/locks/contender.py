@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from celery_etcd_lock.etcd.api import Delete, Header, KeyValue, Operation, Range, Txn, created_at
+from celery_etcd_lock.etcd.api import Compare, Delete, Header, KeyValue, Operation, Range, Txn, created_at
 from celery_etcd_lock.exceptions import EtcdLockError, EtcdUnavailable, LeaseNotFound, NoSpace
 from celery_etcd_lock.locks.queue import Kind, contender_key, is_contender
 from celery_etcd_lock.locks.rider import leases_of
@@ -294,7 +294,7 @@ class Contenders:
 
     def _removal(self, contender: Contender, also: Sequence[Operation] = ()) -> Txn | None:
         """What to send so that the key is gone and stays gone; None if no request ever named it."""
-        compare = [created_at(contender.key, contender.create_revision)] if contender.create_revision else []
+        compare = _if_created(contender.key, contender.create_revision)
         deletions = [Delete(each.key) for each in contender.leaving]
         if not contender.unanswered:
             return Txn(compare, [*deletions, *also]) if contender.create_revision else None
@@ -411,5 +411,10 @@ class Contenders:
 
 
 def _deletion(key: str, revision: int) -> Txn:
-    """Deletes `key` if it was created at `revision`. 0: whenever; its name is burnt, so it is nobody else's ever."""
-    return Txn([created_at(key, revision)] if revision else [], [Delete(key)])
+    """Deletes `key` if it was created at `revision`."""
+    return Txn(_if_created(key, revision), [Delete(key)])
+
+
+def _if_created(key: str, revision: int) -> list[Compare]:
+    """That `key` was created at `revision`. 0: whenever; its name is burnt, so it is nobody else's ever."""
+    return [created_at(key, revision)] if revision else []
