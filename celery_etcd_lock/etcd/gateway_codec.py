@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from binascii import a2b_base64, b2a_base64
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 from celery_etcd_lock.etcd.api import (
@@ -94,12 +94,14 @@ dump = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 _KEPT = 256
 """Parts of transactions that are kept as text, the latest. Most of what is sent for a lock was sent for it before.
-What holds a value is not kept: it may be large, and is another each time."""
+What holds a value is not kept (it may be large), nor what compares a create revision, which comes once. A mod revision
+is a session's, and stays."""
 
 _TARGETS = {"create": "create_revision", "mod": "mod_revision", "version": "version", "lease": "lease"}
 _OPERATORS = {"==": "EQUAL", "!=": "NOT_EQUAL", "<": "LESS", ">": "GREATER"}
 
 
+@lru_cache(maxsize=_KEPT)
 def _text(text: str) -> str:
     return _bytes(text.encode("utf-8", "surrogateescape"))
 
@@ -169,7 +171,9 @@ def _kept_operation_out(operation: Range | Delete) -> str:
 
 def txn_out(request: Txn) -> str:
     compare, success, failure = request
-    compared = [(_compare_out if each.target == "value" else _kept_compare_out)(each) for each in compare]
+    compared = [
+        (_compare_out if each.operand and each.target != "mod" else _kept_compare_out)(each) for each in compare
+    ]
     branches = f'"success":[{",".join(map(_operation_out, success))}]'
     if failure:
         branches += f',"failure":[{",".join(map(_operation_out, failure))}]'
@@ -223,7 +227,7 @@ def delete_in(reply: Json, header: Header) -> DeleteReply:
     return DeleteReply(header, int(reply.get("deleted", 0)))
 
 
-def _operation_in(reply: Json, header: Header) -> OperationReply:
+def _operation_in(header: Header, reply: Json) -> OperationReply:
     if "response_put" in reply:
         return PutReply(header)
     if "response_range" in reply:
@@ -232,7 +236,7 @@ def _operation_in(reply: Json, header: Header) -> OperationReply:
 
 
 def txn_in(reply: Json, header: Header) -> TxnReply:
-    responses = Replies(reply.get("responses", []), lambda each: _operation_in(each, header))
+    responses = Replies(reply.get("responses", []), partial(_operation_in, header))
     return TxnReply(header, bool(reply.get("succeeded", False)), responses)
 
 
@@ -319,7 +323,12 @@ def server_error(message: str, code: int) -> Exception:
 
 def judge(url: str, status: int, body: bytes) -> Json:
     """The JSON object in an HTTP answer of the member at `url`, or raise what the answer means instead."""
-    reply = _object(body)
+    try:
+        reply, _ = _read(body.decode().lstrip())
+    except ValueError:
+        reply = {}
+    if not isinstance(reply, dict):
+        reply = {}
     error = reply.get("error")
     if isinstance(error, dict):  # a stream's; its codes have other names
         reply = {"code": error.get("grpc_code", error.get("code", 2)), **error}
@@ -335,14 +344,6 @@ def judge(url: str, status: int, body: bytes) -> Json:
 
 _read = json.JSONDecoder().raw_decode
 """Of a text the value that it begins with: a stream's answer goes on behind it."""
-
-
-def _object(body: bytes) -> Json:
-    try:
-        value, _ = _read(body.decode().lstrip())
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _not_etcd(url: str, status: int, body: bytes) -> NoAnswer:

@@ -73,10 +73,11 @@ class GrpcCluster(Cluster[Member]):
 
     def calling(self, name: str, message: Message | bytes) -> Attempt[Member, Message]:
         """The attempt that sends `message` and returns what comes back."""
+        body = message if isinstance(message, bytes) else message.SerializeToString()
 
         def call(endpoint: Member, headers: Mapping[str, str], timeout: float) -> Message:
             self.count_request()
-            return endpoint.call(name, message, headers, timeout)
+            return endpoint.call(name, body, headers, timeout)
 
         return call
 

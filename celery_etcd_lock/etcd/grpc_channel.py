@@ -129,19 +129,20 @@ class Link:
         self.greeted = True  # or refused: that is an answer too
 
     def unary(self, name: str) -> Any:
+        """Takes a request as bytes."""
         call = self._unary.get(name)
         if call is None:
-            call = self._unary[name] = self._method(self._channel.unary_unary, *_CALLS[name])
+            call = self._unary[name] = self._method(self._channel.unary_unary, *_CALLS[name], None)
         return call
 
     def duplex(self, path: str, reply: str) -> Any:
-        return self._method(self._channel.stream_stream, path, reply)
+        return self._method(self._channel.stream_stream, path, reply, _serialized)
 
     @staticmethod
-    def _method(kind: Callable[..., Any], path: str, reply: str) -> Any:
+    def _method(kind: Callable[..., Any], path: str, reply: str, serializer: Callable[[Message], bytes] | None) -> Any:
         return kind(
             f"/etcdserverpb.{path}",
-            request_serializer=_serialized,
+            request_serializer=serializer,
             response_deserializer=getattr(messages, reply).FromString,
         )
 
@@ -167,8 +168,8 @@ class Link:
             self._channel.close()
 
 
-def _serialized(message: Message | bytes) -> bytes:
-    return message if isinstance(message, bytes) else message.SerializeToString()
+def _serialized(message: Message) -> bytes:
+    return message.SerializeToString()  # type: ignore[no-any-return]
 
 
 class Duplex:

@@ -57,7 +57,7 @@ class Member:
         self._older: list[_Watches] = []
         """Streams on which no new watches come, and old ones may still be."""
 
-    def call(self, name: str, message: Message | bytes, headers: Mapping[str, str], timeout: float) -> Message:
+    def call(self, name: str, body: bytes, headers: Mapping[str, str], timeout: float) -> Message:
         """etcd's reply; raises `NoAnswer` if there is none within `timeout` seconds, and what etcd says instead."""
         link = self._link or self._current()
         try:
@@ -66,7 +66,7 @@ class Member:
                     deadline = time.monotonic() + timeout
                     self._greet(link, timeout)
                     timeout = max(0.001, deadline - time.monotonic())
-                return link.unary(name)(message, timeout=timeout, metadata=tuple(headers.items()))
+                return link.unary(name)(body, timeout=timeout, metadata=tuple(headers.items()))
         except LINK_ERRORS as error:
             raise self._failure(link, error) from error
 

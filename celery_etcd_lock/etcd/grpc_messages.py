@@ -7,7 +7,7 @@ the fields that are used are described: protobuf passes over the others. Enums a
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -135,7 +135,8 @@ _SORT_TARGETS = {"key": 0, "create": 2, "mod": 3}
 
 _KEPT = 256
 """Parts of transactions that are kept as bytes, the latest. Most of what is sent for a lock was sent for it before.
-What holds a value is not kept: it may be large, and is another each time."""
+What holds a value is not kept (it may be large), nor what compares a create revision, which comes once. A mod revision
+is a session's, and stays."""
 
 
 def text_out(text: str) -> bytes:
@@ -215,7 +216,9 @@ _kept_operation_out = lru_cache(maxsize=_KEPT)(_operation_out)
 
 def txn_out(request: Txn) -> bytes:
     """Serialized: the parts one behind the other, which is what the whole is in protobuf."""
-    parts = [(_compare_out if each.target == "value" else _kept_compare_out)(each) for each in request.compare]
+    parts = [
+        (_compare_out if each.operand and each.target != "mod" else _kept_compare_out)(each) for each in request.compare
+    ]
     for branch, operations in (("success", request.success), ("failure", request.failure)):
         parts += [
             (_operation_out if isinstance(each, Put) else _kept_operation_out)(each, branch) for each in operations
@@ -261,7 +264,7 @@ def delete_in(reply: Message, header: Header) -> DeleteReply:
     return DeleteReply(header, reply.deleted)
 
 
-def _operation_in(reply: Message, header: Header) -> OperationReply:
+def _operation_in(header: Header, reply: Message) -> OperationReply:
     if reply.HasField("response_put"):
         return PutReply(header)
     if reply.HasField("response_range"):
@@ -270,7 +273,7 @@ def _operation_in(reply: Message, header: Header) -> OperationReply:
 
 
 def txn_in(reply: Message, header: Header) -> TxnReply:
-    return TxnReply(header, reply.succeeded, Replies(reply.responses, lambda each: _operation_in(each, header)))
+    return TxnReply(header, reply.succeeded, Replies(reply.responses, partial(_operation_in, header)))
 
 
 def lease_in(reply: Message, header: Header) -> LeaseReply:

@@ -50,18 +50,15 @@ def exchange(sock: socket.socket, path: str, head: bytes, body: str, deadline: f
         status, headers = _parsed(reader.until(b"\r\n\r\n"))
         if status >= 200:
             break  # before it, only that it goes on
-    if _field(headers, b"transfer-encoding") is not None:
-        return Answer(status, reader.chunks(), _goes_on(headers))
+    goes_on = b"\r\nconnection:" not in headers or _field(headers, b"connection") != b"close"
+    if b"\r\ntransfer-encoding:" in headers:
+        return Answer(status, reader.chunks(), goes_on)
     length = _field(headers, b"content-length")
     if length is None and status not in {204, 304}:
         return Answer(status, reader.rest(), False)
     if length is not None and not length.isdigit():
         raise http.client.HTTPException(f"a length that is none: {length!r}")
-    return Answer(status, reader.exactly(int(length or 0)), _goes_on(headers) and not reader.left)
-
-
-def _goes_on(headers: bytes) -> bool:
-    return _field(headers, b"connection") != b"close"
+    return Answer(status, reader.exactly(int(length or 0)), goes_on and not reader.left)
 
 
 def _field(headers: bytes, name: bytes) -> bytes | None:
@@ -89,19 +86,18 @@ class _Reader:
         self._deadline = deadline
         self._begun = False
 
-    def _more(self) -> bytes:
+    def _read(self, *, may_end: bool = False) -> bool:
+        """Whether more has come. If not it was closed, which is an error unless it `may_end`."""
         if self._begun:
             self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
         self._begun = True
-        return self._sock.recv(_MOST)
-
-    def _read(self) -> None:
-        more = self._more()
-        if not more:
+        more = self._sock.recv(_MOST)
+        if not (more or may_end):
             if not self.left:
                 raise http.client.RemoteDisconnected("the connection was closed without an answer")
             raise http.client.IncompleteRead(self.left)
         self.left += more
+        return bool(more)
 
     def until(self, mark: bytes) -> bytes:
         while mark not in self.left:
@@ -118,11 +114,10 @@ class _Reader:
         return found
 
     def rest(self) -> bytes:
-        parts = [self.left]
-        while parts[-1] or len(parts) == 1:
-            parts.append(self._more())
-        self.left = b""
-        return b"".join(parts)
+        while self._read(may_end=True):
+            pass
+        found, self.left = self.left, b""
+        return found
 
     def line(self) -> bytes:
         while b"\r\n" not in self.left:

@@ -96,7 +96,8 @@ def acquire(
     except BaseException:
         session.contenders.remove(attempt.contender)
         raise
-    attempt.leave_sibling()
+    if at_least_for > 0:
+        attempt.leave_sibling()
     return held
 
 
@@ -151,14 +152,16 @@ class _Attempt:
         if self.contender.sibling is not None:
             self.contender.sibling.stays_until = self.stays_until
 
-    def absent(self) -> list[Compare]:
-        return [created_at(each.key, 0) for each in self.contender.leaving]
-
-    def puts(self) -> list[Operation]:
-        return [Put(each.key, self.value, self.session.lease) for each in self.contender.leaving]
-
-    def own(self) -> list[Operation]:
-        return [Range(each.key) for each in self.contender.leaving]
+    def entry(self) -> tuple[list[Compare], list[Operation], list[Operation]]:
+        """Of our key, and of its sibling: that it is not there, to put it, and to read it."""
+        absent: list[Compare] = []
+        puts: list[Operation] = []
+        own: list[Operation] = []
+        for each in self.contender.leaving:
+            absent.append(created_at(each.key, 0))
+            puts.append(Put(each.key, self.value, self.session.lease))
+            own.append(Range(each.key))
+        return absent, puts, own
 
     def send(
         self,
@@ -205,9 +208,10 @@ class _Attempt:
         """
         seen, rider = 0, self.rider
         while True:
-            epoch, mine, twins = self.session.epoch, self.puts(), self.mode.twins(self.name, self.task_id)
-            found = [*self.own(), *self.mode.first(self.name, self.task_id)]
-            reply = self.send([*self.absent(), *self.mode.free(self.name, seen)], [*mine, *twins], found, rider)
+            epoch, twins = self.session.epoch, self.mode.twins(self.name, self.task_id)
+            absent, mine, own = self.entry()
+            found = [*own, *self.mode.first(self.name, self.task_id)]
+            reply = self.send([*absent, *self.mode.free(self.name, seen)], [*mine, *twins], found, rider)
             if reply is None:
                 rider = None
                 continue
@@ -234,8 +238,9 @@ class _Attempt:
         """One request: stand in the queue, and hold the lock if nobody ahead keeps us out. None: look who does."""
         while True:
             # In this order: etcd carries them out one after the other, so whoever is found was there before us.
-            others = self.mode.ahead(self.name, 0, self.task_id)
-            reply = self.send(self.absent(), [*others, *self.puts()], self.own())
+            others = self.mode.before(self.name, self.task_id)
+            absent, mine, own = self.entry()
+            reply = self.send(absent, [*others, *mine], own)
             assert reply is not None
             if reply.succeeded:
                 ahead, created = self.keeping_out(_contenders(reply, 0, len(others))), reply.header.revision
@@ -246,7 +251,7 @@ class _Attempt:
     def adopt(self, reply: TxnReply) -> int:
         """The create revision of our key, if it was made by an earlier try of this very acquire; else 0.
 
-        `reply` is what `send` got, with `own` first among what was asked for.
+        `reply` is what `send` got, with our own keys first among what was asked for.
         """
         mine = reply.range(1).kvs
         if mine and (mine[0].value, mine[0].lease) == (self.value, self.session.lease):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from typing import Literal, NamedTuple, TypeAlias
@@ -77,12 +78,16 @@ class Mode(NamedTuple):
     def ahead(self, name: str, created: int, task_id: str) -> list[Range]:
         """Asks for as much of what is ahead of the contender created at `created` as `keeping_out` needs.
 
-        0: of one that is not there yet.
+        0: of one that is not there yet, see `before`.
         """
         asked = [_newest(span, created, 1, keys_only=True) for span in self._outside(name)]
         if self.kind == "slot":
             asked.append(_newest(self._inside(name), created, 2 * self.limit, keys_only=not task_id))
         return asked + self.twins(name, task_id, created)
+
+    def before(self, name: str, task_id: str) -> tuple[Range, ...]:
+        """As `ahead`, of a contender that is not there yet."""
+        return _before(self, name, bool(task_id))
 
     def twins(self, name: str, task_id: str, created: int = 0) -> list[Range]:
         """Asks for whoever might have the same task id and yet keep nobody out by its kind: the other readers."""
@@ -107,6 +112,12 @@ class Mode(NamedTuple):
 
 EXCLUSIVE = Mode("write")
 SHARED = Mode("read")
+
+
+@lru_cache(maxsize=256)
+def _before(mode: Mode, name: str, says_task_id: bool) -> tuple[Range, ...]:
+    """Kept for the locks that were wanted last: they are wanted again."""
+    return tuple(mode.ahead(name, 0, "any" if says_task_id else ""))
 
 
 def slot_of(limit: object) -> Mode:
@@ -216,7 +227,11 @@ class Description(NamedTuple):
 def value_of(*, host: str, pid: int, since: str, nonce: str, extra: Mapping[str, str | int] | None = None) -> bytes:
     """The value of a contender: who it is, as JSON. Short, because every acquire leaves one in etcd's history."""
     more = f",{_dump(extra)[1:-1]}" if extra else ""
-    return f'{{"host":{_dump(host)},"pid":{pid},"since":"{since}","nonce":"{nonce}"{more}}}'.encode()
+    return f'{{"host":{_quoted(host)},"pid":{pid},"since":"{since}","nonce":"{nonce}"{more}}}'.encode()
+
+
+_quoted = lru_cache(maxsize=8)(_dump)
+"""As `_dump`, of a text that comes again."""
 
 
 def describe(kv: KeyValue) -> Description:
