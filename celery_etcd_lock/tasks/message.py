@@ -108,9 +108,15 @@ _FORGOTTEN = _WAITS - {"times"} | {"again", "repeated"}
 
 def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`headers` for publishing `task_id` with these options for the call, over those that are in there already."""
+    if not headers:  # as in most
+        return {HEADER: {**_published_now(task_id), **options}}
     header = _header(headers, task_id)
-    new = {} if "of" in header else {"of": task_id, "nonce": _nonce(), "sent": round(time.time(), 3)}
-    return {**(headers or {}), HEADER: {**header, **new, **options}}
+    new = {} if "of" in header else _published_now(task_id)
+    return {**headers, HEADER: {**header, **new, **options}}
+
+
+def _published_now(task_id: str) -> dict[str, Any]:
+    return {"of": task_id, "nonce": _nonce(), "sent": round(time.time(), 3)}
 
 
 def published_as(task_id: str, nonce: str, now: float, *, repeated: bool = False) -> dict[str, Any]:

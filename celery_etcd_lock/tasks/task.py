@@ -163,8 +163,9 @@ class SingletonTask(Task):  # type: ignore[misc,type-arg,unused-ignore]
 
         `ConfigError` if they cannot be meant.
         """
-        given = {"producer": producer, "link": link, "link_error": link_error, "shadow": shadow}
-        options |= {name: value for name, value in given.items() if value is not None}
+        if not (producer is None and link is None and link_error is None and shadow is None):  # as `delay` leaves them
+            given = {"producer": producer, "link": link, "link_error": link_error, "shadow": shadow}
+            options |= {name: value for name, value in given.items() if value is not None}
         return publish.send(self, super().apply_async, args, kwargs, task_id or uuid(), options)
 
     def apply(  # type: ignore[override]
