@@ -43,7 +43,7 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := set(asked.sections) - SECTIONS.keys():
         parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
-    sizes = SMOKE if asked.smoke else Sizes(rounds=asked.rounds) if asked.rounds else Sizes()
+    sizes = SMOKE if asked.smoke else Sizes(rounds=asked.rounds, close_rounds=asked.rounds) if asked.rounds else Sizes()
     began = time.monotonic()
     sections = []
     with Stage.opened(sizes) as stage:

@@ -34,9 +34,9 @@ def uncontended(stage: Stage) -> Section:
         warm_up = 1
         contest = in_turn(
             {kind: partial(each.bench, f"/uncontended/{kind}", stage.sizes.pairs) for kind, each in started.items()},
-            rounds=stage.sizes.rounds, warm_up=warm_up,
+            rounds=stage.sizes.close_rounds, warm_up=warm_up,
         )  # fmt: skip
-        pairs = stage.sizes.pairs * (stage.sizes.rounds + warm_up)
+        pairs = stage.sizes.pairs * (stage.sizes.close_rounds + warm_up)
         took = {kind: (took[kind] + each.processor_time()) / pairs for kind, each in started.items()}
     for ours, floor in (("ours-grpc", "floor-grpc"), ("ours-gateway", "floor-gateway")):
         wire = ours.partition("-")[2]

@@ -27,6 +27,8 @@ class Sizes:
     """How much of each."""
 
     rounds: int = 40
+    close_rounds: int = 120
+    """Of contests where a few hundredths count."""
     pairs: int = 25
     """Of lock and unlock in one block."""
     hand_overs: int = 60
@@ -49,8 +51,9 @@ class Sizes:
 
 
 SMOKE = Sizes(
-    rounds=2, pairs=3, hand_overs=2, calls=3, results=2, deaths=1, patience=0.0, imports=1, taken=50, held=(1, 10),
-    waiters=(2, 4), sessions=(1, 4), key_bytes=(20, 500), threads=(1, 2), crowd_seconds=0.2, growth_rounds=2,
+    rounds=2, close_rounds=2, pairs=3, hand_overs=2, calls=3, results=2, deaths=1, patience=0.0, imports=1, taken=50,
+    held=(1, 10), waiters=(2, 4), sessions=(1, 4), key_bytes=(20, 500), threads=(1, 2), crowd_seconds=0.2,
+    growth_rounds=2,
 )  # fmt: skip
 
 

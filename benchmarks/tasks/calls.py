@@ -7,16 +7,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from celery.utils import uuid
+
 from benchmarks import plots
 from benchmarks.contest import in_turn
 from benchmarks.findings import Section, milliseconds, table, times
 from benchmarks.stage import Stage
 from benchmarks.tasks.workers import Worker, client
+from celery_etcd_lock.tasks.message import addressed
 
 __all__ = ["publishing", "results"]
 
 NAMES = {
-    "plain": "a plain task", "ours": "celery-etcd-lock", "once": "celery-once", "singleton": "celery-singleton",
+    "plain": "a plain task", "headed": "a plain task, and a header as long as ours", "ours": "celery-etcd-lock",
+    "once": "celery-once", "singleton": "celery-singleton",
     "heimdall": "celery-heimdall", "ours-gateway": "celery-etcd-lock, gateway", "ours-grpc": "celery-etcd-lock, gRPC",
     "floor-gateway": "a plain task that sends the bare pair, gateway",
     "floor-grpc": "a plain task that sends the bare pair, gRPC",
@@ -29,23 +33,26 @@ def publishing(stage: Stage) -> Section:
     """``delay()``, with another argument each time: nobody has a reason to refuse it."""
     section = Section("delay", "A call published: `delay()`")
     tasks = unread(stage)
-    kinds = ["plain", "ours", "once", "singleton", "heimdall"]
+    kinds = ["plain", "headed", "ours", "once", "singleton", "heimdall"]
+    headers = addressed(None, uuid(), {})  # the same for all: no more than that it is in the message
+    sends = {name: tasks[name].delay for name in kinds if name != "headed"}
+    sends["headed"] = lambda number: tasks["plain"].apply_async((number,), headers=headers)
 
     def block(name: str) -> Sequence[float]:
         seconds = []
         for _ in range(stage.sizes.calls):
             number = next(_numbers)
             began = time.perf_counter()
-            tasks[name].delay(number)
+            sends[name](number)
             seconds.append(time.perf_counter() - began)
         return seconds
 
     contest = in_turn(
         {name: lambda name=name: block(name) for name in kinds},  # type: ignore[misc]
-        rounds=stage.sizes.rounds,
+        rounds=stage.sizes.close_rounds,
     )
     section.add("delay() of a singleton (locked when run), to a plain task's", contest.ratio("ours", "plain"), bar=1.03)
-    for name in kinds[2:]:
+    for name in [kind for kind in kinds if kind not in {"plain", "ours"}]:
         section.add(f"for comparison: delay() with {NAMES[name]}", contest.ratio(name, "plain"))
     rows = [(NAMES[name], milliseconds(contest.values(name)), times(contest.ratio(name, "plain"))) for name in kinds]
     section.tables.append(table(["", "median (quartiles)", "to a plain task"], rows))
