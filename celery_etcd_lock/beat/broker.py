@@ -44,6 +44,11 @@ class Broker:
         finally:
             self._trying = None
 
+    @property
+    def is_tried(self) -> bool:
+        """Whether a try is under way, which may hang."""
+        return self._trying is not None
+
     def reached(self) -> None:
         """It has taken what was sent."""
         self._failed, self._given_up = None, 0

@@ -87,6 +87,9 @@ class Candidate:
     def _stand(self) -> None:
         since = time.monotonic()
         while not self._closed.is_set():
+            if self._broker.is_tried:  # since the last term: it may hang, and with it the thread that would tick
+                self._closed.wait(_PAUSE)
+                continue
             try:
                 since = self._one_session(since)
             except EtcdLockError as error:

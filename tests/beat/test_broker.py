@@ -91,6 +91,27 @@ def test_another_leads_in_its_place(new_beats: NewBeats, proxy: Proxy, when: str
     assert len(copies) <= 1, "what was just being published"
 
 
+def test_while_its_publish_hangs_it_is_not_elected(new_beats: NewBeats, proxy: Proxy) -> None:
+    """Though it would be next: it could send nothing."""
+    beats = new_beats()
+    beats.worker()
+    first = beat_at(beats, proxy.url)
+    await_ticks_of(beats, first)
+    second = beats.beat()
+    until(lambda: len(beats.keys("leader/")) == 2, "one that stands by")
+    proxy.black_hole()
+    second.says("etcd_lock.leader_elected", seconds=10 * TTL)
+    await_ticks_of(beats, second, 4)  # by now the first could have come back
+    third = beats.beat()
+    until(lambda: len(beats.keys("leader/")) == 2, "another that stands by")
+    assert second.stop() == 0
+    third.says("etcd_lock.leader_elected")
+    await_ticks_of(beats, third)
+    assert first.output.count("etcd_lock.leader_elected") == 1
+    proxy.pass_on()
+    until(lambda: len(beats.keys("leader/")) == 2, "the first, which stands by again")
+
+
 @pytest.mark.parametrize("how", ["refuses", "hangs"])
 def test_alone_it_goes_on(new_beats: NewBeats, proxy: Proxy, how: str) -> None:
     """It keeps its place, says nothing of stepping down, and sends when the broker is back."""
