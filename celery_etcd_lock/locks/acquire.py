@@ -96,8 +96,7 @@ def acquire(
     except BaseException:
         session.contenders.remove(attempt.contender)
         raise
-    if at_least_for > 0:
-        attempt.leave_sibling()
+    attempt.leave_sibling()
     return held
 
 

@@ -109,14 +109,10 @@ _FORGOTTEN = _WAITS - {"times"} | {"again", "repeated"}
 def addressed(headers: Mapping[str, Any] | None, task_id: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`headers` for publishing `task_id` with these options for the call, over those that are in there already."""
     if not headers:  # as in most
-        return {HEADER: {**_published_now(task_id), **options}}
+        return {HEADER: {**_publication(task_id, _nonce(), time.time()), **options}}
     header = _header(headers, task_id)
-    new = {} if "of" in header else _published_now(task_id)
+    new = {} if "of" in header else _publication(task_id, _nonce(), time.time())
     return {**headers, HEADER: {**header, **new, **options}}
-
-
-def _published_now(task_id: str) -> dict[str, Any]:
-    return {"of": task_id, "nonce": _nonce(), "sent": round(time.time(), 3)}
 
 
 def published_as(task_id: str, nonce: str, now: float, *, repeated: bool = False) -> dict[str, Any]:
@@ -124,8 +120,12 @@ def published_as(task_id: str, nonce: str, now: float, *, repeated: bool = False
 
     `repeated`: this is not the first.
     """
-    header: dict[str, Any] = {"of": task_id, "nonce": nonce, "sent": round(now, 3), "again": True}
+    header = {**_publication(task_id, nonce, now), "again": True}
     return {**header, "repeated": True} if repeated else header
+
+
+def _publication(task_id: str, nonce: str, now: float) -> dict[str, Any]:
+    return {"of": task_id, "nonce": nonce, "sent": round(now, 3)}
 
 
 def options_in(headers: Mapping[str, Any] | None, task_id: str) -> dict[str, Any]:
